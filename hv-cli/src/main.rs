@@ -1,0 +1,3 @@
+//! The `hv` command.
+
+fn main() {}
