@@ -1,1 +1,37 @@
-//! placeholder
+//! The `Hypervisor` trait and everything that can be said about KVM without `/dev/kvm`.
+//!
+//! Three traits make the ladder [`Hypervisor`] → [`Vm`] → [`Vcpu`]; a VM is also an
+//! [`IrqBackend`], a [`MemoryBackend`] and an [`IoEventBackend`], which is all that hv-irq and
+//! hv-memory ask for. Around them: plain data, errors that name the ioctl and the errno, and
+//! [`init`], the start of a VM as one transaction.
+//!
+//! This crate opens no device and contains no `unsafe`. hv-kvm implements the traits over
+//! `/dev/kvm`; the feature `mock` has mocks of them.
+
+mod backend;
+mod capability;
+mod errno;
+mod error;
+mod exit;
+mod hypervisor;
+mod ioctl;
+mod ioevent;
+mod memory;
+#[cfg(feature = "mock")]
+pub mod mock;
+mod route;
+mod vcpu;
+
+pub use backend::{IoEventBackend, IrqBackend, MemoryBackend};
+pub use capability::{Capability, Scope};
+pub use errno::Errno;
+pub use error::{Context, Error};
+pub use exit::{
+    ExitReply, INTERNAL_ERROR_EMULATION, InternalError, IoDirection, IoExit, MmioExit, VcpuExit,
+};
+pub use hypervisor::{Hypervisor, MsrIndexList, Vm};
+pub use ioctl::{Call, Ioctl};
+pub use ioevent::IoEvent;
+pub use memory::{CoalescedZone, HostMemory, HostRange, IoAddress, MemorySlot, SlotFlags, SlotId};
+pub use route::{Gsi, IrqchipId, Irqfd, LineStatus, Msi, MsiStatus, Route, RouteTarget};
+pub use vcpu::{InterruptState, Vcpu, VcpuKick};

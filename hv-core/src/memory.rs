@@ -1,0 +1,192 @@
+//! Memory slots as plain data (`KVM_SET_USER_MEMORY_REGION`).
+//!
+//! A slot lets a guest read and write host memory, so the API must make it impossible to name
+//! memory that is not there or belongs to something else: a slot is made from a [`HostRange`],
+//! which owns what it names.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU8;
+
+use vm_memory::GuestAddress;
+
+/// The number of a memory slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SlotId(pub u32);
+
+impl fmt::Display for SlotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Host memory that a guest may be given.
+///
+/// The bytes are atomics because that is what guest memory is: anyone may change any of them at
+/// any time. A backend keeps the `Arc` of a slot's memory for as long as the kernel may use it.
+pub trait HostMemory: Send + Sync + fmt::Debug {
+    /// The memory. A backend calls this once for a slot and goes on using that slice for as long
+    /// as it holds the object.
+    fn bytes(&self) -> &[AtomicU8];
+}
+
+/// A part of some [`HostMemory`], kept alive by whoever holds it.
+///
+/// ```
+/// use std::sync::{Arc, atomic::AtomicU8};
+/// use hv_core::{HostMemory, HostRange};
+///
+/// #[derive(Debug)]
+/// struct Page(Vec<AtomicU8>);
+/// impl HostMemory for Page {
+///     fn bytes(&self) -> &[AtomicU8] { &self.0 }
+/// }
+///
+/// let page = Arc::new(Page((0..4096).map(|_| AtomicU8::new(0)).collect()));
+/// let half = HostRange::new(page.clone(), 2048, 2048).unwrap();
+/// assert_eq!(half.len(), 2048);
+/// assert!(HostRange::new(page, 2048, 4096).is_none(), "reaches past the end");
+/// ```
+#[derive(Clone)]
+pub struct HostRange {
+    memory: Arc<dyn HostMemory>,
+    offset: usize,
+    len: usize,
+}
+
+impl HostRange {
+    /// `len` bytes of `memory` from `offset`, or `None` if it does not have them.
+    #[must_use]
+    pub fn new(memory: Arc<dyn HostMemory>, offset: usize, len: usize) -> Option<Self> {
+        memory.bytes().get(offset..offset.checked_add(len)?)?;
+        Some(Self { memory, offset, len })
+    }
+
+    /// The bytes. Empty if the memory no longer has them, which a well-behaved one always does.
+    #[must_use]
+    pub fn bytes(&self) -> &[AtomicU8] {
+        let end = self.offset.saturating_add(self.len);
+        self.memory.bytes().get(self.offset..end).unwrap_or_default()
+    }
+
+    /// Bytes in the range.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the range has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The host virtual address of the first byte.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.bytes().as_ptr().addr() as u64
+    }
+}
+
+impl PartialEq for HostRange {
+    fn eq(&self, other: &Self) -> bool {
+        (self.address(), self.len) == (other.address(), other.len)
+    }
+}
+
+impl Eq for HostRange {}
+
+impl fmt::Debug for HostRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostRange({:#x}, {:#x} bytes)", self.address(), self.len)
+    }
+}
+
+/// What a memory slot does beyond mapping memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct SlotFlags {
+    /// Record which pages are written (`KVM_MEM_LOG_DIRTY_PAGES`). May change on a live slot.
+    pub log_dirty: bool,
+    /// A guest write exits as MMIO (`KVM_MEM_READONLY`). May not change on a live slot.
+    pub readonly: bool,
+}
+
+/// A memory slot: guest-physical addresses backed by host memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemorySlot {
+    /// The slot, below `KVM_CAP_NR_MEMSLOTS`.
+    pub id: SlotId,
+    /// First guest-physical address, page-aligned.
+    pub guest: GuestAddress,
+    /// The memory behind it; address and length page-aligned.
+    pub host: HostRange,
+    /// What it does beyond mapping.
+    pub flags: SlotFlags,
+}
+
+/// A range whose writes KVM may collect in the coalesced ring
+/// (`KVM_REGISTER_COALESCED_MMIO`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CoalescedZone {
+    /// First address or port.
+    pub address: IoAddress,
+    /// Bytes.
+    pub size: u32,
+}
+
+/// An address a guest accesses: guest-physical, or an I/O port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum IoAddress {
+    /// A guest-physical address, all 64 bits of it.
+    Mmio(u64),
+    /// An I/O port.
+    Pio(u16),
+}
+
+impl IoAddress {
+    /// The number, without its address space.
+    #[must_use]
+    pub const fn value(self) -> u64 {
+        match self {
+            IoAddress::Mmio(address) => address,
+            IoAddress::Pio(port) => port as u64,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Bytes(Vec<AtomicU8>);
+
+    impl HostMemory for Bytes {
+        fn bytes(&self) -> &[AtomicU8] {
+            &self.0
+        }
+    }
+
+    fn bytes(n: usize) -> Arc<Bytes> {
+        Arc::new(Bytes((0..n).map(|_| AtomicU8::new(0)).collect()))
+    }
+
+    #[test]
+    fn a_range_stays_inside_its_memory() {
+        let memory = bytes(16);
+        assert!(HostRange::new(memory.clone(), 0, 16).is_some());
+        assert!(HostRange::new(memory.clone(), 16, 0).is_some_and(|r| r.is_empty()));
+        assert!(HostRange::new(memory.clone(), 1, 16).is_none());
+        assert!(HostRange::new(memory, 1, usize::MAX).is_none());
+    }
+
+    #[test]
+    fn a_range_keeps_its_memory_alive() {
+        let memory = bytes(8);
+        let range = HostRange::new(memory.clone(), 4, 4).unwrap();
+        assert_eq!(Arc::strong_count(&memory), 2);
+        assert_eq!(range.address(), memory.bytes().as_ptr().addr() as u64 + 4);
+        drop(range);
+        assert_eq!(Arc::strong_count(&memory), 1);
+    }
+}
