@@ -111,6 +111,9 @@ fn remedy(call: Call, errno: Errno) -> Option<&'static str> {
         Call::Eventfd | Call::Open if errno == Errno::EMFILE => {
             return Some("raise the limit of open files (ulimit -n)");
         }
+        Call::Sigaction if errno == Errno::EBUSY => {
+            return Some("the program already handles this signal: choose another for it");
+        }
         _ => return None,
     };
     Some(match (ioctl, errno) {

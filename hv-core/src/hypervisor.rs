@@ -67,6 +67,13 @@ pub trait Hypervisor {
     /// # Errors
     /// `EMFILE`, `ENFILE`, `ENOMEM`.
     fn eventfd(&self) -> Result<OwnedFd, Error>;
+
+    /// Prepares the process so that [`crate::VcpuKick::kick`] works: for KVM, a handler for the
+    /// signal that interrupts `KVM_RUN` (`sigaction(2)`). Doing it again is no error.
+    ///
+    /// # Errors
+    /// `EBUSY` if the signal already has another handler.
+    fn install_kick(&self) -> Result<(), Error>;
 }
 
 /// A VM: what is left once interrupts, memory and I/O events have their own traits.

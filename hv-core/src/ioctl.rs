@@ -116,6 +116,8 @@ pub enum Call {
     Mmap,
     /// `eventfd(2)`.
     Eventfd,
+    /// `sigaction(2)` for the signal that kicks.
+    Sigaction,
     /// `tgkill(2)`, which kicks a vCPU thread out of `KVM_RUN`.
     Kick,
 }
@@ -133,6 +135,7 @@ impl fmt::Display for Call {
             Call::Open => f.write_str("open"),
             Call::Mmap => f.write_str("mmap of kvm_run"),
             Call::Eventfd => f.write_str("eventfd"),
+            Call::Sigaction => f.write_str("sigaction of the kick signal"),
             Call::Kick => f.write_str("tgkill of a vCPU thread"),
         }
     }

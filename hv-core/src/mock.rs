@@ -30,6 +30,7 @@ mockall::mock! {
         fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, Error>;
         fn create_vm(&self, vm_type: u64) -> Result<MockVm, Error>;
         fn eventfd(&self) -> Result<OwnedFd, Error>;
+        fn install_kick(&self) -> Result<(), Error>;
     }
 }
 
