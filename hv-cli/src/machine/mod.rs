@@ -1,0 +1,4 @@
+//! A running virtual machine: its buses, its vCPU threads and how it stops.
+
+pub mod bus;
+pub mod stop;
