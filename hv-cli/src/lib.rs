@@ -4,5 +4,6 @@
 //! memory, hv-irq its interrupts, and hv-kvm does it all over `/dev/kvm`. Everything here is generic
 //! over [`hv_core::Hypervisor`], so it is tested without hardware.
 
+pub mod complete;
 pub mod exit_code;
 pub mod machine;

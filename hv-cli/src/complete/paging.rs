@@ -1,0 +1,299 @@
+//! The guest's page tables, walked as the processor does (Intel SDM volume 3, chapter 5).
+//!
+//! Checks permissions, gives the page fault with its error code, and sets accessed and dirty bits
+//! atomically, because other vCPUs use the same tables meanwhile. It knows nothing of
+//! segments. Reserved are the bits that are so on every processor; bits above the guest's
+//! physical-address width are taken as part of the address, which then is not RAM.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileMemory};
+
+use super::machine::{Machine, cr0, cr4, efer, rflags};
+use super::stop::{Fault, NotCompleted, Stop};
+
+const PRESENT: u64 = 1 << 0;
+const WRITABLE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+const PAGE_SIZE_BIT: u64 = 1 << 7;
+const NO_EXECUTE: u64 = 1 << 63;
+const PROTECTION_KEY: u64 = 0xf << 59;
+/// Bits 51 to 12: the frame of an 8-byte entry.
+const FRAME: u64 = 0x000f_ffff_ffff_f000;
+/// Bits of a PDPTE of PAE paging that must be 0: 63 to 52, 8 to 5, 2 and 1.
+const PDPTE_RESERVED: u64 = 0xfff0_0000_0000_01e6;
+
+/// How often a walk starts again because another vCPU changed an entry under it.
+const RESTARTS: usize = 1000;
+
+/// What an access does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Read,
+    Write,
+    Fetch,
+}
+
+/// On whose behalf (Intel SDM volume 3, section 5.6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Privilege {
+    /// CPL 3.
+    User,
+    /// An instruction at CPL 0 to 2.
+    Supervisor,
+    /// The processor itself, on descriptor tables and task-state segments.
+    System,
+}
+
+/// An access to a linear address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Access {
+    pub(super) kind: Kind,
+    pub(super) privilege: Privilege,
+}
+
+/// One level of tables: the lowest bit of its index and what an entry may be.
+struct Level {
+    shift: u32,
+    index_bits: u32,
+    /// An entry with PS set maps a page.
+    large: bool,
+    /// A PDPTE of PAE paging: no permissions, no accessed bit.
+    bare: bool,
+}
+
+const fn level(shift: u32, large: bool) -> Level {
+    Level { shift, index_bits: 9, large, bare: false }
+}
+
+static FIVE_LEVEL: [Level; 5] =
+    [level(48, false), level(39, false), level(30, true), level(21, true), level(12, false)];
+static PAE: [Level; 3] = [
+    Level { shift: 30, index_bits: 2, large: false, bare: true },
+    level(21, true),
+    level(12, false),
+];
+static LEGACY_PSE: [Level; 2] = [
+    Level { shift: 22, index_bits: 10, large: true, bare: false },
+    Level { shift: 12, index_bits: 10, large: false, bare: false },
+];
+static LEGACY: [Level; 2] = [
+    Level { shift: 22, index_bits: 10, large: false, bare: false },
+    Level { shift: 12, index_bits: 10, large: false, bare: false },
+];
+
+/// The tables in force.
+struct Tables {
+    root: u64,
+    levels: &'static [Level],
+    /// Bytes per entry: 4 or 8.
+    entry_size: u64,
+}
+
+/// An entry used by a walk.
+#[derive(Clone, Copy)]
+struct Entry {
+    address: GuestAddress,
+    value: u64,
+    /// Accessed and dirty bits the access sets in it.
+    sets: u64,
+}
+
+/// The end of a walk.
+struct Mapping {
+    address: GuestAddress,
+    user: bool,
+    writable: bool,
+    no_execute: bool,
+    protection_key: u64,
+    entries: [Option<Entry>; 5],
+}
+
+impl<M: GuestMemoryBackend> Machine<'_, M> {
+    /// The guest-physical address of `linear`, or the page fault.
+    pub(super) fn translate(&self, linear: u64, access: Access) -> Result<GuestAddress, Stop> {
+        let Some(tables) = self.tables() else { return Ok(GuestAddress(linear)) };
+        for _ in 0..RESTARTS {
+            let mapping = self.walk(&tables, linear, access)?;
+            self.check(&mapping, linear, access)?;
+            if self.set_bits(&mapping, tables.entry_size)? {
+                return Ok(mapping.address);
+            }
+        }
+        Err(Stop::unsupported("while its page tables keep changing"))
+    }
+
+    fn tables(&self) -> Option<Tables> {
+        let sregs = &self.sregs;
+        if sregs.cr0 & cr0::PG == 0 {
+            return None;
+        }
+        Some(if self.long_mode() {
+            let five = sregs.cr4 & cr4::LA57 != 0;
+            let levels = if five { &FIVE_LEVEL[..] } else { FIVE_LEVEL.get(1..).unwrap_or(&[]) };
+            Tables { root: sregs.cr3 & FRAME, levels, entry_size: 8 }
+        } else if sregs.cr4 & cr4::PAE != 0 {
+            Tables { root: sregs.cr3 & 0xffff_ffe0, levels: &PAE, entry_size: 8 }
+        } else {
+            let levels = if sregs.cr4 & cr4::PSE != 0 { &LEGACY_PSE } else { &LEGACY };
+            Tables { root: sregs.cr3 & 0xffff_f000, levels, entry_size: 4 }
+        })
+    }
+
+    fn walk(&self, tables: &Tables, linear: u64, access: Access) -> Result<Mapping, Stop> {
+        let mut mapping = Mapping {
+            address: GuestAddress(tables.root),
+            user: true,
+            writable: true,
+            no_execute: false,
+            protection_key: 0,
+            entries: [None; 5],
+        };
+        for (slot, level) in mapping.entries.iter_mut().zip(tables.levels) {
+            let index = (linear >> level.shift) & ((1 << level.index_bits) - 1);
+            let address = GuestAddress(mapping.address.0 | (index * tables.entry_size));
+            let value = self.load_entry(address, tables.entry_size)?;
+            if value & PRESENT == 0 {
+                return Err(self.page_fault(linear, access, 0).into());
+            }
+            if self.has_reserved_bits(level, tables.entry_size, value) {
+                return Err(self.page_fault(linear, access, 1 | 1 << 3).into());
+            }
+            let is_page = level.shift == 12 || (level.large && value & PAGE_SIZE_BIT != 0);
+            let mut sets = 0;
+            if !level.bare {
+                mapping.user &= value & USER != 0;
+                mapping.writable &= value & WRITABLE != 0;
+                mapping.no_execute |= tables.entry_size == 8 && value & NO_EXECUTE != 0;
+                sets |= ACCESSED;
+                if is_page && access.kind == Kind::Write {
+                    sets |= DIRTY;
+                }
+            }
+            *slot = Some(Entry { address, value, sets });
+            if is_page {
+                let offset_mask = (1 << level.shift) - 1;
+                mapping.protection_key = value & PROTECTION_KEY;
+                mapping.address = GuestAddress(
+                    match tables.entry_size {
+                        8 => value & FRAME & !offset_mask,
+                        // PSE-36: bits 20 to 13 of a 4 MiB page are address bits 39 to 32.
+                        _ if level.shift == 22 => {
+                            (value & 0xffc0_0000) | ((value >> 13) & 0xff) << 32
+                        }
+                        _ => value & 0xffff_f000,
+                    } | (linear & offset_mask),
+                );
+                break;
+            }
+            mapping.address =
+                GuestAddress(value & if tables.entry_size == 8 { FRAME } else { 0xffff_f000 });
+        }
+        Ok(mapping)
+    }
+
+    fn has_reserved_bits(&self, level: &Level, entry_size: u64, value: u64) -> bool {
+        if level.bare {
+            return value & PDPTE_RESERVED != 0;
+        }
+        let large_page = level.large && value & PAGE_SIZE_BIT != 0;
+        if entry_size == 4 {
+            return large_page && value & (1 << 21) != 0;
+        }
+        let mut reserved = 0;
+        if self.sregs.efer & efer::NXE == 0 {
+            reserved |= NO_EXECUTE;
+        }
+        if !self.long_mode() {
+            reserved |= 0x7ff << 52;
+        }
+        if large_page {
+            // Between the PAT bit and the frame.
+            reserved |= ((1 << level.shift) - 1) & !0x1fff;
+        } else if level.shift >= 39 {
+            reserved |= PAGE_SIZE_BIT;
+        }
+        value & reserved != 0
+    }
+
+    fn check(&self, mapping: &Mapping, linear: u64, access: Access) -> Result<(), Stop> {
+        let sregs = &self.sregs;
+        if mapping.protection_key != 0 && self.long_mode() {
+            let feature = if mapping.user { cr4::PKE } else { cr4::PKS };
+            if sregs.cr4 & feature != 0 && access.kind != Kind::Fetch {
+                return Err(Stop::unsupported("on a page with a protection key"));
+            }
+        }
+        let allowed = match (access.privilege, access.kind) {
+            (Privilege::User, Kind::Read) => mapping.user,
+            (Privilege::User, Kind::Write) => mapping.user && mapping.writable,
+            (Privilege::User, Kind::Fetch) => mapping.user && !mapping.no_execute,
+            (_, Kind::Fetch) => {
+                !mapping.no_execute && !(mapping.user && sregs.cr4 & cr4::SMEP != 0)
+            }
+            (privilege, kind) => {
+                let smap = sregs.cr4 & cr4::SMAP != 0
+                    && (privilege == Privilege::System || !self.flag(rflags::AC));
+                let write_protected =
+                    kind == Kind::Write && !mapping.writable && sregs.cr0 & cr0::WP != 0;
+                !write_protected && !(mapping.user && smap)
+            }
+        };
+        if allowed { Ok(()) } else { Err(self.page_fault(linear, access, 1).into()) }
+    }
+
+    /// #PF; `code` holds its P and RSVD bits (Intel SDM volume 3, section 5.7).
+    fn page_fault(&self, linear: u64, access: Access, mut code: u32) -> Fault {
+        if access.kind == Kind::Write {
+            code |= 1 << 1;
+        }
+        if access.privilege == Privilege::User {
+            code |= 1 << 2;
+        }
+        let nx_paging = self.sregs.cr4 & cr4::PAE != 0 && self.sregs.efer & efer::NXE != 0;
+        if access.kind == Kind::Fetch && (nx_paging || self.sregs.cr4 & cr4::SMEP != 0) {
+            code |= 1 << 4;
+        }
+        Fault::pf(linear, code)
+    }
+
+    fn load_entry(&self, address: GuestAddress, size: u64) -> Result<u64, Stop> {
+        let value = if size == 8 {
+            self.memory.load::<u64>(address, Ordering::Relaxed)
+        } else {
+            self.memory.load::<u32>(address, Ordering::Relaxed).map(u64::from)
+        };
+        value.map_err(|_| NotCompleted::NotRam(address.0).into())
+    }
+
+    /// Sets accessed and dirty bits; false if an entry is no longer what the walk saw.
+    fn set_bits(&self, mapping: &Mapping, size: u64) -> Result<bool, Stop> {
+        for entry in mapping.entries.iter().flatten() {
+            if entry.value & entry.sets != entry.sets && !self.update_entry(entry, size)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn update_entry(&self, entry: &Entry, size: u64) -> Result<bool, Stop> {
+        const ORDER: Ordering = Ordering::SeqCst;
+        let not_ram = || Stop::from(NotCompleted::NotRam(entry.address.0));
+        let bytes = if size == 8 { 8 } else { 4 };
+        let slice = self.memory.get_slice(entry.address, bytes).map_err(|_| not_ram())?;
+        let (old, new) = (entry.value, entry.value | entry.sets);
+        let done = if size == 8 {
+            let cell = slice.get_atomic_ref::<AtomicU64>(0).map_err(|_| not_ram())?;
+            cell.compare_exchange(old, new, ORDER, ORDER).is_ok()
+        } else {
+            let cell = slice.get_atomic_ref::<AtomicU32>(0).map_err(|_| not_ram())?;
+            // Entries of 4 bytes were loaded as such.
+            cell.compare_exchange(old as u32, new as u32, ORDER, ORDER).is_ok()
+        };
+        slice.bitmap().mark_dirty(0, bytes);
+        Ok(done)
+    }
+}
