@@ -5,5 +5,8 @@
 //! over [`hv_core::Hypervisor`], so it is tested without hardware.
 
 pub mod complete;
+pub mod devices;
 pub mod exit_code;
+pub mod layout;
 pub mod machine;
+pub mod terminal;

@@ -1,0 +1,225 @@
+//! A vCPU thread: run, answer, run again, until the machine stops.
+//!
+//! The loop allocates nothing and takes no lock of its own; what a device's answer costs is the
+//! device's business.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use hv_core::{Errno, InternalError, Vcpu};
+use vm_memory::GuestMemoryMmap;
+
+use super::crash::CrashReport;
+use super::exits::{ExitCounts, Next, Outside, answer};
+use super::stop::Stopper;
+use crate::complete::{Completer, Counts};
+use crate::exit_code::StopReason;
+
+/// What a vCPU thread works with.
+pub struct VcpuThread<V> {
+    /// The vCPU.
+    pub vcpu: V,
+    /// What it reaches.
+    pub outside: Arc<Outside>,
+    /// Guest memory, for completing instructions and for crash reports.
+    pub memory: GuestMemoryMmap<()>,
+    /// How the machine stops.
+    pub stopper: Stopper,
+    /// Completes what KVM can't emulate; `None` turns that off.
+    pub completer: Option<Completer>,
+}
+
+/// What a vCPU did, told when its thread ends.
+#[derive(Debug, Default)]
+pub struct VcpuReport {
+    /// Its exits.
+    pub exits: ExitCounts,
+    /// What was completed for it, unless that is turned off.
+    pub completed: Option<Counts>,
+    /// Why it could not go on, if it is the one that stopped the machine.
+    pub crash: Option<CrashReport>,
+}
+
+impl<V: Vcpu + 'static> VcpuThread<V> {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The host has no thread left.
+    pub fn spawn(self) -> io::Result<JoinHandle<VcpuReport>> {
+        self.stopper.add_vcpu(self.vcpu.kicker());
+        let name = format!("vcpu{}", self.vcpu.id());
+        thread::Builder::new().name(name).spawn(move || self.run())
+    }
+}
+
+/// Stops the machine if the thread unwinds, so that the others do not wait for ever.
+struct Guard<'a>(&'a Stopper, u32);
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        self.0.stop(StopReason::ThreadLost { vcpu: self.1 });
+    }
+}
+
+impl<V: Vcpu> VcpuThread<V> {
+    /// Runs the vCPU until the machine stops.
+    pub fn run(mut self) -> VcpuReport {
+        let stopper = self.stopper.clone();
+        let id = self.vcpu.id();
+        let _guard = Guard(&stopper, id);
+        let mut exits = ExitCounts::default();
+        let mut crash = None;
+        while !stopper.is_stopped() {
+            let exit = match self.vcpu.run() {
+                Ok(exit) => exit,
+                // An application processor that was just started: KVM asks for another try.
+                Err(error) if error.errno == Errno::EAGAIN => continue,
+                Err(error) => {
+                    crash = Some(CrashReport::collect(&self.vcpu, &self.memory, &[]));
+                    stopper.stop(StopReason::Failed { vcpu: id, error });
+                    break;
+                }
+            };
+            exits.add((&exit).into());
+            let reason = match answer(&mut self.vcpu, exit, &self.outside) {
+                Next::Run => continue,
+                Next::Complete(error) => match self.complete(error) {
+                    Ok(()) => continue,
+                    Err(report) => {
+                        crash = Some(report);
+                        StopReason::InternalError { vcpu: id, error }
+                    }
+                },
+                Next::Stop(reason) => {
+                    if is_crash(&reason) {
+                        crash = Some(CrashReport::collect(&self.vcpu, &self.memory, &[]));
+                    }
+                    reason
+                }
+            };
+            stopper.stop(reason);
+        }
+        VcpuReport { exits, completed: self.completer.map(|c| c.counts().clone()), crash }
+    }
+
+    /// Completes the instruction KVM could not, or says where and why not.
+    fn complete(&mut self, error: InternalError) -> Result<(), CrashReport> {
+        let (len, bytes) = error.instruction();
+        let bytes = bytes.get(..len).unwrap_or_default();
+        let refused = match &mut self.completer {
+            Some(completer) => match completer.complete(&self.vcpu, &self.memory, bytes) {
+                Ok(_) => return Ok(()),
+                Err(refused) => Some(refused),
+            },
+            None => None,
+        };
+        let mut report = CrashReport::collect(&self.vcpu, &self.memory, bytes);
+        report.not_completed = refused;
+        Err(report)
+    }
+}
+
+/// Whether the registers say more about `reason` than its sentence does.
+fn is_crash(reason: &StopReason) -> bool {
+    matches!(
+        reason,
+        StopReason::TripleFault { .. }
+            | StopReason::InternalError { .. }
+            | StopReason::FailEntry { .. }
+            | StopReason::UnexpectedExit { .. }
+            | StopReason::SystemEvent { .. }
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hv_core::mock::MockVcpu;
+    use hv_core::{Error, Ioctl, VcpuExit};
+    use kvm_bindings::{kvm_regs, kvm_sregs, kvm_translation};
+    use vm_memory::GuestAddress;
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    fn stopper() -> Stopper {
+        Stopper::new(EventFd::new(EFD_NONBLOCK).unwrap())
+    }
+
+    fn thread(vcpu: MockVcpu, stopper: Stopper) -> VcpuThread<MockVcpu> {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        VcpuThread { vcpu, outside: Arc::default(), memory, stopper, completer: None }
+    }
+
+    fn vcpu() -> MockVcpu {
+        let mut vcpu = MockVcpu::new();
+        vcpu.expect_id().return_const(3u32);
+        vcpu.expect_regs().returning(|| Ok(kvm_regs { rip: 0x100, ..kvm_regs::default() }));
+        vcpu.expect_sregs().returning(|| Ok(kvm_sregs::default()));
+        vcpu.expect_translate().returning(|address| {
+            Ok(kvm_translation { physical_address: address, valid: 1, ..Default::default() })
+        });
+        vcpu
+    }
+
+    #[test]
+    fn a_stopped_machine_does_not_enter_the_guest() {
+        let stopper = stopper();
+        stopper.stop(StopReason::UserQuit);
+        let report = thread(vcpu(), stopper).run();
+        assert_eq!(report.exits.total(), 0);
+    }
+
+    #[test]
+    fn a_failed_run_stops_the_machine_and_says_which_call() {
+        let mut vcpu = vcpu();
+        let error = Error::new(Ioctl::Run, Errno::EFAULT);
+        vcpu.expect_run().once().returning(move || Err(error));
+        let stopper = stopper();
+        let report = thread(vcpu, stopper.clone()).run();
+        assert_eq!(stopper.reason(), Some(&StopReason::Failed { vcpu: 3, error }));
+        assert!(report.crash.is_some());
+    }
+
+    #[test]
+    fn a_starting_processor_is_run_again() {
+        let mut vcpu = vcpu();
+        let mut runs = 0;
+        vcpu.expect_run().times(3).returning(move || {
+            runs += 1;
+            match runs {
+                1 => Err(Error::new(Ioctl::Run, Errno::EAGAIN)),
+                2 => Ok(VcpuExit::Interrupted),
+                _ => Ok(VcpuExit::Shutdown),
+            }
+        });
+        let stopper = stopper();
+        let report = thread(vcpu, stopper.clone()).run();
+        assert_eq!(stopper.reason(), Some(&StopReason::TripleFault { vcpu: 3 }));
+        assert_eq!(report.exits.total(), 2);
+    }
+
+    #[test]
+    fn without_completion_an_emulation_failure_is_reported_with_its_bytes() {
+        let mut vcpu = vcpu();
+        let mut data = [0; 16];
+        data[0] = 1;
+        data[1] = 0xcc_01; // one byte: int3
+        let error = InternalError { suberror: 1, ndata: 4, data };
+        vcpu.expect_run().once().returning(move || Ok(VcpuExit::InternalError(error)));
+        let stopper = stopper();
+        let report = thread(vcpu, stopper.clone()).run();
+        assert_eq!(stopper.reason(), Some(&StopReason::InternalError { vcpu: 3, error }));
+        let text = report.crash.unwrap().to_string();
+        assert!(text.contains("int3") && text.contains("cc"), "{text}");
+    }
+
+    #[test]
+    fn a_thread_that_unwinds_stops_the_machine() {
+        let mut vcpu = vcpu();
+        vcpu.expect_run().once().returning(|| panic!("a bug"));
+        let stopper = stopper();
+        let thread = thread(vcpu, stopper.clone());
+        assert!(std::thread::spawn(move || thread.run()).join().is_err());
+        assert_eq!(stopper.reason(), Some(&StopReason::ThreadLost { vcpu: 3 }));
+    }
+}
