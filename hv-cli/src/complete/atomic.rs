@@ -87,3 +87,87 @@ fn compare_exchange<B: BitmapSlice>(
     }
     Some(u128::from(high) << 64 | u128::from(low))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{CODE, DATA, Guest, long_mode};
+    use super::*;
+
+    const CMPXCHG16B: &[u8] = &[0x48, 0x0f, 0xc7, 0x0b]; // cmpxchg16b [rbx]
+    const LOCKED: &[u8] = &[0xf0, 0x48, 0x0f, 0xc7, 0x0b];
+
+    fn guest() -> Guest {
+        let mut guest = Guest::new(long_mode());
+        guest.poke_u64(DATA, 0x1111);
+        guest.poke_u64(DATA + 8, 0x2222);
+        let regs = &mut guest.cpu.regs;
+        (regs.rax, regs.rdx) = (0x1111, 0x2222);
+        (regs.rbx, regs.rcx) = (DATA, 0x4444);
+        guest
+    }
+
+    #[test]
+    fn equal_values_are_exchanged() {
+        for bytes in [CMPXCHG16B, LOCKED] {
+            let mut guest = guest();
+            guest.run(bytes);
+            assert_eq!((guest.peek_u64(DATA), guest.peek_u64(DATA + 8)), (DATA, 0x4444));
+            assert_ne!(guest.cpu.regs.rflags & rflags::ZF, 0);
+            assert_eq!((guest.cpu.regs.rax, guest.cpu.regs.rdx), (0x1111, 0x2222));
+            assert_eq!(guest.cpu.regs.rip, CODE + bytes.len() as u64);
+        }
+    }
+
+    #[test]
+    fn a_difference_in_either_half_loads_the_value() {
+        for different in [DATA, DATA + 8] {
+            let mut guest = guest();
+            guest.cpu.regs.rflags |= rflags::ZF | rflags::CF;
+            guest.poke_u64(different, 0x9999);
+            guest.run(CMPXCHG16B);
+            let memory = (guest.peek_u64(DATA), guest.peek_u64(DATA + 8));
+            assert_eq!((guest.cpu.regs.rax, guest.cpu.regs.rdx), memory);
+            assert_eq!(guest.peek_u64(different), 0x9999);
+            assert_eq!(guest.cpu.regs.rflags, rflags::FIXED | rflags::CF);
+        }
+    }
+
+    #[test]
+    fn alignment_and_write_permission_are_checked() {
+        let mut guest = guest();
+        guest.cpu.regs.rbx = DATA + 8;
+        assert_eq!(guest.fault(CMPXCHG16B, 13), 0);
+        guest.cpu.events = Default::default();
+        guest.cpu.regs.rbx = DATA;
+        guest.set_pte(DATA, DATA | 1);
+        assert_eq!(guest.fault(CMPXCHG16B, 14), 0b011, "it writes even if the values differ");
+    }
+
+    #[test]
+    fn two_threads_lose_no_update() {
+        const ROUNDS: u128 = 20_000;
+        let guest = Guest::new(long_mode());
+        let count = |machine: &Machine<'_, _>| {
+            for _ in 0..ROUNDS {
+                let mut seen = 0;
+                loop {
+                    // Both halves change with every step.
+                    let next = seen + (1 << 64 | 1);
+                    let found =
+                        machine.compare_exchange_128(GuestAddress(DATA), seen, next).unwrap();
+                    if found == seen {
+                        break;
+                    }
+                    seen = found;
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| count(&guest.machine()));
+            }
+        });
+        assert_eq!(guest.peek_u64(DATA), 2 * ROUNDS as u64);
+        assert_eq!(guest.peek_u64(DATA + 8), 2 * ROUNDS as u64);
+    }
+}

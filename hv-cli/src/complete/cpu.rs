@@ -77,3 +77,37 @@ impl<V: Vcpu> Cpu for V {
         Ok(entries.first().filter(|_| read == 1).map(|entry| entry.data))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use hv_core::mock::MockVcpu;
+    use kvm_bindings::{kvm_xcr, kvm_xcrs};
+
+    use super::*;
+
+    #[test]
+    fn xcr0_is_found_among_the_valid_xcrs() {
+        let mut xcrs = kvm_xcrs { nr_xcrs: 2, ..Default::default() };
+        xcrs.xcrs[0] = kvm_xcr { xcr: 1, value: 9, ..Default::default() };
+        xcrs.xcrs[1] = kvm_xcr { xcr: 0, value: 7, ..Default::default() };
+        let mut vcpu = MockVcpu::new();
+        vcpu.expect_xcrs().times(1).return_const(Ok(xcrs));
+        assert_eq!(vcpu.xcr0(), Ok(7));
+        vcpu.expect_xcrs().return_const(Ok(kvm_xcrs { nr_xcrs: 1, ..xcrs }));
+        assert_eq!(vcpu.xcr0(), Ok(1));
+    }
+
+    #[test]
+    fn an_msr_that_was_not_read_is_none() {
+        let mut vcpu = MockVcpu::new();
+        vcpu.expect_msrs().times(2).returning(|entries| {
+            if entries[0].index != 0x10 {
+                return Ok(0);
+            }
+            entries[0].data = 77;
+            Ok(1)
+        });
+        assert_eq!(vcpu.msr(0x10), Ok(Some(77)));
+        assert_eq!(vcpu.msr(0x11), Ok(None));
+    }
+}

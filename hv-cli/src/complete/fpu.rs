@@ -85,3 +85,91 @@ impl<M: GuestMemoryBackend> Machine<'_, M> {
 fn no_pending_exception(fpu: &kvm_fpu) -> Result<(), Stop> {
     if fpu.fsw & FSW_ERROR_SUMMARY == 0 { Ok(()) } else { Err(Fault::MF.into()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Completed;
+    use super::super::testing::{Guest, long_mode, protected_mode, real_mode};
+    use super::*;
+
+    const FWAIT: &[u8] = &[0x9b];
+    const FNCLEX: &[u8] = &[0xdb, 0xe2];
+    const FNINIT: &[u8] = &[0xdb, 0xe3];
+    const EMMS: &[u8] = &[0x0f, 0x77];
+
+    /// Busy, stack pointer 5, C0, error summary, zero divide.
+    const FSW: u16 = 0xa984;
+
+    fn guest(cpu: super::super::testing::FakeCpu) -> Guest {
+        let mut guest = Guest::new(cpu);
+        guest.cpu.fpu =
+            kvm_fpu { fcw: 0x1234, ftwx: 0xff, mxcsr: 0x1f80, last_ip: 7, ..Default::default() };
+        guest.cpu.fpu.fpr[3][0] = 9;
+        guest.cpu.fpu.xmm[4][0] = 8;
+        guest
+    }
+
+    #[test]
+    fn fwait_raises_what_is_pending() {
+        for mode in [long_mode, protected_mode, real_mode] {
+            let mut guest = guest(mode());
+            let before = guest.cpu.fpu;
+            guest.run(FWAIT);
+            assert_eq!(guest.cpu.fpu, before);
+            guest.cpu.fpu.fsw = FSW;
+            assert_eq!(guest.complete(FWAIT), Ok(Completed::Exception(16)));
+        }
+    }
+
+    #[test]
+    fn fwait_needs_both_mp_and_ts_to_be_refused() {
+        for (bits, refused) in [(cr0::TS, false), (cr0::MP, false), (cr0::MP | cr0::TS, true)] {
+            let mut guest = guest(long_mode());
+            guest.cpu.sregs.cr0 |= bits;
+            let expected = if refused { Completed::Exception(7) } else { Completed::Normally };
+            assert_eq!(guest.complete(FWAIT), Ok(expected), "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn fnclex_clears_the_exceptions_only() {
+        let mut guest = guest(protected_mode());
+        guest.cpu.fpu.fsw = FSW;
+        let before = guest.cpu.fpu;
+        guest.run(FNCLEX);
+        assert_eq!(guest.cpu.fpu, kvm_fpu { fsw: 0x2900, ..before });
+    }
+
+    #[test]
+    fn fninit_resets_x87_and_leaves_the_rest() {
+        let mut guest = guest(long_mode());
+        guest.cpu.fpu.fsw = FSW;
+        let before = guest.cpu.fpu;
+        guest.run(FNINIT);
+        let expected = kvm_fpu { fcw: 0x37f, fsw: 0, ftwx: 0, last_ip: 0, ..before };
+        assert_eq!(guest.cpu.fpu, expected);
+    }
+
+    #[test]
+    fn emms_empties_the_registers() {
+        let mut guest = guest(long_mode());
+        let before = guest.cpu.fpu;
+        guest.run(EMMS);
+        assert_eq!(guest.cpu.fpu, kvm_fpu { ftwx: 0, ..before });
+        guest.cpu.fpu.fsw = FSW;
+        assert_eq!(guest.complete(EMMS), Ok(Completed::Exception(16)));
+    }
+
+    #[test]
+    fn without_an_fpu_they_fault() {
+        for (bit, vectors) in [(cr0::EM, [7, 7, 6]), (cr0::TS, [7, 7, 7])] {
+            for (bytes, vector) in [FNCLEX, FNINIT, EMMS].into_iter().zip(vectors) {
+                let mut guest = guest(long_mode());
+                guest.cpu.sregs.cr0 |= bit;
+                let before = guest.cpu.fpu;
+                assert_eq!(guest.complete(bytes), Ok(Completed::Exception(vector)));
+                assert_eq!(guest.cpu.fpu, before);
+            }
+        }
+    }
+}

@@ -75,3 +75,67 @@ impl<M: GuestMemoryBackend> Machine<'_, M> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{CODE, DATA, Guest, long_mode, protected_mode};
+    use super::*;
+
+    fn popcnt(guest: &mut Guest, bytes: &[u8]) -> u64 {
+        guest.run(bytes);
+        guest.cpu.regs.rax
+    }
+
+    #[test]
+    fn addresses_in_64_bit_mode() {
+        let mut guest = Guest::new(long_mode());
+        guest.poke_u64(DATA, 0b111);
+        // popcnt eax, [rip+disp]: relative to the next instruction.
+        let disp = (DATA - CODE - 8) as u32;
+        let mut bytes = vec![0xf3, 0x0f, 0xb8, 0x05];
+        bytes.extend(disp.to_le_bytes());
+        assert_eq!(popcnt(&mut guest, &bytes), 3);
+        // popcnt rax, [rsp]
+        guest.cpu.regs.rsp = DATA;
+        assert_eq!(popcnt(&mut guest, &[0xf3, 0x48, 0x0f, 0xb8, 0x04, 0x24]), 3);
+        // popcnt eax, [ebx]: 32-bit addresses drop the upper half.
+        guest.cpu.regs.rbx = 0xffff_ffff_0000_0000 | DATA;
+        assert_eq!(popcnt(&mut guest, &[0x67, 0xf3, 0x0f, 0xb8, 0x03]), 3);
+        // popcnt eax, gs:[0x10]
+        guest.cpu.sregs.gs.base = DATA - 0x10;
+        assert_eq!(popcnt(&mut guest, &[0x65, 0xf3, 0x0f, 0xb8, 0x04, 0x25, 0x10, 0, 0, 0]), 3);
+    }
+
+    #[test]
+    fn addresses_in_32_bit_mode() {
+        let mut guest = Guest::new(protected_mode());
+        guest.poke_u64(DATA, 0b111);
+        // popcnt eax, [bx+si] wraps at 64 KiB.
+        guest.cpu.regs.rbx = 0xffff;
+        guest.cpu.regs.rsi = DATA + 1;
+        assert_eq!(popcnt(&mut guest, &[0x67, 0xf3, 0x0f, 0xb8, 0x00]), 3);
+        // popcnt eax, fs:[ebx+4]
+        guest.cpu.sregs.fs.base = 0x1000;
+        guest.cpu.regs.rbx = DATA - 0x1004;
+        assert_eq!(popcnt(&mut guest, &[0x64, 0xf3, 0x0f, 0xb8, 0x43, 0x04]), 3);
+        // popcnt eax, [ebp] uses SS.
+        guest.cpu.sregs.ss.limit = 0xfff;
+        guest.cpu.regs.rbp = DATA;
+        assert_eq!(guest.fault(&[0xf3, 0x0f, 0xb8, 0x45, 0x00], 12), 0);
+    }
+
+    #[test]
+    fn alignment_is_checked_for_user_code_that_asks() {
+        let bytes = [0x0f, 0x38, 0xf0, 0x03]; // movbe eax, [rbx]
+        let mut guest = Guest::new(long_mode());
+        guest.cpu.regs.rbx = DATA + 2;
+        guest.cpu.sregs.cr0 |= cr0::AM;
+        guest.cpu.regs.rflags |= rflags::AC;
+        guest.run(&bytes);
+        guest.cpu.sregs.ss.dpl = 3;
+        assert_eq!(guest.fault(&bytes, 17), 0);
+        guest.cpu.events = Default::default();
+        guest.cpu.regs.rbx = DATA + 4;
+        guest.run(&bytes);
+    }
+}

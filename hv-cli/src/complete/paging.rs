@@ -297,3 +297,222 @@ impl<M: GuestMemoryBackend> Machine<'_, M> {
         Ok(done)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{
+        DATA, FakeCpu, Guest, PD, PDPT, PML4, PT, long_mode, protected_mode,
+    };
+    use super::*;
+
+    const READ: Access = Access { kind: Kind::Read, privilege: Privilege::Supervisor };
+    const WRITE: Access = Access { kind: Kind::Write, privilege: Privilege::Supervisor };
+    const FETCH: Access = Access { kind: Kind::Fetch, privilege: Privilege::Supervisor };
+    const USER_READ: Access = Access { kind: Kind::Read, privilege: Privilege::User };
+    const USER_WRITE: Access = Access { kind: Kind::Write, privilege: Privilege::User };
+    const USER_FETCH: Access = Access { kind: Kind::Fetch, privilege: Privilege::User };
+    const SYSTEM: Access = Access { kind: Kind::Read, privilege: Privilege::System };
+
+    fn translate(guest: &Guest, linear: u64, access: Access) -> Result<u64, Stop> {
+        guest.machine().translate(linear, access).map(|address| address.0)
+    }
+
+    fn fault(linear: u64, code: u32) -> Result<u64, Stop> {
+        Err(Fault::pf(linear, code).into())
+    }
+
+    /// A long mode guest whose page at `DATA` has this entry.
+    fn with_entry(entry: u64, change: impl FnOnce(&mut FakeCpu)) -> Guest {
+        let mut guest = Guest::new(long_mode());
+        guest.set_pte(DATA, entry);
+        change(&mut guest.cpu);
+        guest
+    }
+
+    #[test]
+    fn permissions_and_error_codes() {
+        let (p, w, u, nx) = (PRESENT, WRITABLE, USER, NO_EXECUTE);
+        // Entry, access, error code of the fault or none.
+        let rows = [
+            (0, READ, Some(0b00000)),
+            (0, WRITE, Some(0b00010)),
+            (0, FETCH, Some(0b10000)),
+            (0, USER_WRITE, Some(0b00110)),
+            (p, READ, None),
+            (p, WRITE, Some(0b00011)),
+            (p | w, WRITE, None),
+            (p | w, FETCH, None),
+            (p | w | nx, FETCH, Some(0b10001)),
+            (p | w | nx, READ, None),
+            (p | w, USER_READ, Some(0b00101)),
+            (p | w, USER_WRITE, Some(0b00111)),
+            (p | w, USER_FETCH, Some(0b10101)),
+            (p | u, USER_READ, None),
+            (p | u, USER_WRITE, Some(0b00111)),
+            (p | u | nx, USER_FETCH, Some(0b10101)),
+            (p | u, USER_FETCH, None),
+            (p | w | u, USER_WRITE, None),
+            (p | u, READ, None),
+        ];
+        for (entry, access, code) in rows {
+            let guest = with_entry(DATA | entry, |_| {});
+            let expected = code.map_or(Ok(DATA + 4), |code| fault(DATA + 4, code));
+            assert_eq!(translate(&guest, DATA + 4, access), expected, "{entry:#x} {access:?}");
+        }
+    }
+
+    #[test]
+    fn wp_smap_and_smep() {
+        let user_page = DATA | PRESENT | USER;
+        let without_wp = with_entry(user_page, |cpu| cpu.sregs.cr0 &= !cr0::WP);
+        assert_eq!(translate(&without_wp, DATA, WRITE), Ok(DATA));
+        assert_eq!(translate(&without_wp, DATA, USER_WRITE), fault(DATA, 0b111));
+
+        let mut smap = with_entry(user_page | WRITABLE, |cpu| cpu.sregs.cr4 |= cr4::SMAP);
+        assert_eq!(translate(&smap, DATA, READ), fault(DATA, 0b001));
+        assert_eq!(translate(&smap, DATA, WRITE), fault(DATA, 0b011));
+        assert_eq!(translate(&smap, DATA, USER_READ), Ok(DATA));
+        smap.cpu.regs.rflags |= rflags::AC;
+        assert_eq!(translate(&smap, DATA, READ), Ok(DATA));
+        assert_eq!(translate(&smap, DATA, SYSTEM), fault(DATA, 0b001), "AC does not help");
+
+        let smep = with_entry(user_page, |cpu| cpu.sregs.cr4 |= cr4::SMEP);
+        assert_eq!(translate(&smep, DATA, FETCH), fault(DATA, 0b10001));
+        assert_eq!(translate(&smep, DATA, USER_FETCH), Ok(DATA));
+        assert_eq!(translate(&smep, DATA, READ), Ok(DATA));
+    }
+
+    #[test]
+    fn permissions_of_every_level_count() {
+        for (table, name) in [(PML4, "PML4E"), (PDPT, "PDPTE"), (PD, "PDE")] {
+            let guest = Guest::new(long_mode());
+            let next = guest.peek_u64(table) & FRAME;
+            guest.poke_u64(table, next | PRESENT);
+            assert_eq!(translate(&guest, DATA, WRITE), fault(DATA, 0b011), "{name}");
+            assert_eq!(translate(&guest, DATA, USER_READ), fault(DATA, 0b101), "{name}");
+            guest.poke_u64(table, next | PRESENT | NO_EXECUTE);
+            assert_eq!(translate(&guest, DATA, FETCH), fault(DATA, 0b10001), "{name}");
+            guest.poke_u64(table, 0);
+            assert_eq!(translate(&guest, DATA, READ), fault(DATA, 0), "{name}");
+        }
+    }
+
+    #[test]
+    fn accessed_and_dirty_bits_are_set_by_accesses_that_succeed() {
+        let guest = Guest::new(long_mode());
+        assert_eq!(translate(&guest, DATA, READ), Ok(DATA));
+        for table in [PML4, PDPT, PD] {
+            assert_eq!(guest.peek_u64(table) & (ACCESSED | DIRTY), ACCESSED);
+        }
+        assert_eq!(guest.pte(DATA), DATA | 7 | ACCESSED);
+        assert_eq!(translate(&guest, DATA, WRITE), Ok(DATA));
+        assert_eq!(guest.pte(DATA), DATA | 7 | ACCESSED | DIRTY);
+        assert_eq!(guest.peek_u64(PD) & DIRTY, 0, "tables are not dirty");
+
+        let guest = with_entry(DATA | PRESENT, |_| {});
+        assert_eq!(translate(&guest, DATA, WRITE), fault(DATA, 0b011));
+        assert_eq!(guest.pte(DATA), DATA | PRESENT);
+    }
+
+    #[test]
+    fn reserved_bits() {
+        let reserved = 0b1001;
+        for table in [PML4] {
+            let guest = Guest::new(long_mode());
+            guest.poke_u64(table, guest.peek_u64(table) | PAGE_SIZE_BIT);
+            assert_eq!(translate(&guest, DATA, READ), fault(DATA, reserved));
+        }
+        let guest = Guest::new(long_mode());
+        guest.poke_u64(PD, PAGE_SIZE_BIT | 1 << 13 | PRESENT);
+        assert_eq!(translate(&guest, DATA, READ), fault(DATA, reserved));
+        let no_nx = with_entry(DATA | PRESENT | NO_EXECUTE, |cpu| cpu.sregs.efer &= !efer::NXE);
+        assert_eq!(translate(&no_nx, DATA, READ), fault(DATA, reserved));
+        assert_eq!(translate(&no_nx, DATA, FETCH), fault(DATA, reserved), "no I bit without NX");
+    }
+
+    #[test]
+    fn large_pages() {
+        let guest = Guest::new(long_mode());
+        // 2 MiB at linear 0x60_0000, 1 GiB at linear 0xc000_0000.
+        guest.poke_u64(PD + 8 * 3, 0x4000_0000 | PAGE_SIZE_BIT | 1 << 12 | PRESENT | WRITABLE);
+        guest.poke_u64(PDPT + 8 * 3, 0x1_4000_0000 | PAGE_SIZE_BIT | PRESENT);
+        assert_eq!(translate(&guest, 0x6a_bcde, WRITE), Ok(0x400a_bcde));
+        assert_ne!(guest.peek_u64(PD + 8 * 3) & DIRTY, 0);
+        assert_eq!(translate(&guest, 0xdabc_def0, READ), Ok(0x1_5abc_def0));
+    }
+
+    #[test]
+    fn five_levels() {
+        const PML5: u64 = 0x10_4000;
+        let mut guest = Guest::new(long_mode());
+        guest.cpu.sregs.cr4 |= cr4::LA57;
+        guest.cpu.sregs.cr3 = PML5;
+        guest.poke_u64(PML5 + 8 * 2, PML4 | 7);
+        assert_eq!(translate(&guest, (2 << 48) | DATA, READ), Ok(DATA));
+        assert_eq!(guest.peek_u64(PML5 + 16), PML4 | 7 | ACCESSED);
+        assert_eq!(translate(&guest, DATA, READ), fault(DATA, 0));
+    }
+
+    #[test]
+    fn pae() {
+        let mut guest = Guest::new(protected_mode());
+        guest.cpu.sregs.cr0 |= cr0::PG;
+        guest.cpu.sregs.cr4 |= cr4::PAE;
+        // The table of four PDPTEs is aligned to 32 bytes only.
+        guest.cpu.sregs.cr3 = PDPT + 0x20;
+        guest.poke_u64(PDPT + 0x20 + 8 * 3, PD | PRESENT);
+        guest.poke_u64(PD, PT | 7);
+        guest.poke_u64(PD + 8, 0x20_0000 | PAGE_SIZE_BIT | 7);
+        guest.poke_u64(PT + 8 * 5, DATA | 7);
+        assert_eq!(translate(&guest, 0xc000_5123, WRITE), Ok(DATA + 0x123));
+        assert_eq!(translate(&guest, 0xc030_0000, READ), Ok(0x30_0000));
+        assert_eq!(guest.peek_u64(PDPT + 0x38), PD | PRESENT, "a PDPTE has no accessed bit");
+        assert_eq!(guest.peek_u64(PT + 40), DATA | 7 | ACCESSED | DIRTY);
+        assert_eq!(translate(&guest, 0x5000, READ), fault(0x5000, 0));
+        guest.poke_u64(PDPT + 0x38, PD | PRESENT | WRITABLE);
+        assert_eq!(translate(&guest, 0xc000_5123, READ), fault(0xc000_5123, 0b1001));
+    }
+
+    #[test]
+    fn two_levels_of_4_bytes() {
+        let mut guest = Guest::new(protected_mode());
+        guest.cpu.sregs.cr0 |= cr0::PG;
+        guest.cpu.sregs.cr3 = PD;
+        guest.poke(PD + 4, &(PT as u32 | 7).to_le_bytes());
+        guest.poke(PT + 8, &(DATA as u32 | 5).to_le_bytes());
+        assert_eq!(translate(&guest, 0x40_2345, READ), Ok(DATA + 0x345));
+        assert_eq!(guest.peek_u32(PT + 8), DATA as u32 | 5 | 1 << 5);
+        assert_eq!(translate(&guest, 0x40_2345, USER_WRITE), fault(0x40_2345, 0b111));
+        assert_eq!(translate(&guest, 0x40_3000, FETCH), fault(0x40_3000, 0), "no I bit");
+
+        // A 4 MiB page with address bits 39 to 32 (PSE-36), once CR4.PSE is set.
+        let large = 0x0080_0000 | 0x12 << 13 | PAGE_SIZE_BIT as u32 | 3;
+        guest.poke(PD + 8, &large.to_le_bytes());
+        guest.cpu.sregs.cr4 |= cr4::PSE;
+        assert_eq!(translate(&guest, 0x0091_2345, READ), Ok(0x12_0091_2345));
+        guest.poke(PD + 8, &(large | 1 << 21).to_le_bytes());
+        assert_eq!(translate(&guest, 0x0091_2345, READ), fault(0x0091_2345, 0b1001));
+    }
+
+    #[test]
+    fn tables_outside_ram_are_reported() {
+        let mut guest = Guest::new(long_mode());
+        guest.cpu.sregs.cr3 = 0xfee0_0000;
+        let not_ram = Err(NotCompleted::NotRam(0xfee0_0000).into());
+        assert_eq!(
+            translate(&guest, DATA, READ),
+            Err(Stop::from(NotCompleted::NotRam(0xfee0_0000)))
+        );
+        assert_eq!(translate(&guest, 0, USER_FETCH), not_ram);
+    }
+
+    #[test]
+    fn protection_keys_are_left_alone() {
+        let keyed = DATA | 7 | 3 << 59;
+        let plain = with_entry(keyed, |_| {});
+        assert_eq!(translate(&plain, DATA, READ), Ok(DATA));
+        let pku = with_entry(keyed, |cpu| cpu.sregs.cr4 |= cr4::PKE);
+        assert!(matches!(translate(&pku, DATA, READ), Err(Stop::NotCompleted(_))));
+        assert_eq!(translate(&pku, DATA, FETCH), Ok(DATA), "keys don't apply to fetches");
+    }
+}

@@ -114,3 +114,158 @@ impl<M: GuestMemoryBackend> Machine<'_, M> {
 fn read_msr<C: Cpu>(cpu: &C, index: u32) -> Result<u64, Stop> {
     cpu.msr(index)?.ok_or(Stop::unsupported("because KVM does not give the MSR it reads"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{DATA, Guest, long_mode, protected_mode, real_mode};
+    use super::super::{Completed, NotCompleted};
+    use super::*;
+
+    const CLAC: &[u8] = &[0x0f, 0x01, 0xca];
+    const STAC: &[u8] = &[0x0f, 0x01, 0xcb];
+    const XGETBV: &[u8] = &[0x0f, 0x01, 0xd0];
+    const RDTSCP: &[u8] = &[0x0f, 0x01, 0xf9];
+    const RDPID: &[u8] = &[0xf3, 0x0f, 0xc7, 0xf8]; // rdpid rax
+    const INVPCID: &[u8] = &[0x66, 0x0f, 0x38, 0x82, 0x03]; // invpcid rax, [rbx]
+    const CLWB: &[u8] = &[0x66, 0x0f, 0xae, 0x33]; // clwb [rbx]
+    const CLFLUSHOPT: &[u8] = &[0x66, 0x0f, 0xae, 0x3b]; // clflushopt [rbx]
+
+    fn user(mut guest: Guest) -> Guest {
+        guest.cpu.sregs.ss.dpl = 3;
+        guest.cpu.sregs.cs.dpl = 3;
+        guest
+    }
+
+    #[test]
+    fn stac_and_clac_change_ac_and_are_privileged() {
+        for mode in [long_mode, protected_mode, real_mode] {
+            let mut guest = Guest::new(mode());
+            guest.cpu.regs.rflags |= rflags::CF;
+            guest.run(STAC);
+            assert_eq!(guest.cpu.regs.rflags, rflags::FIXED | rflags::CF | rflags::AC);
+            guest.run(CLAC);
+            assert_eq!(guest.cpu.regs.rflags, rflags::FIXED | rflags::CF);
+        }
+        assert_eq!(user(Guest::new(long_mode())).complete(STAC), Ok(Completed::Exception(6)));
+    }
+
+    #[test]
+    fn xgetbv_reads_xcr0() {
+        for mode in [long_mode, protected_mode] {
+            let mut guest = Guest::new(mode());
+            guest.cpu.xcr0 = 0x2_0000_00e7;
+            guest.cpu.regs.rcx = 0xffff_ffff_0000_0000;
+            (guest.cpu.regs.rax, guest.cpu.regs.rdx) = (u64::MAX, u64::MAX);
+            guest.run(XGETBV);
+            assert_eq!((guest.cpu.regs.rax, guest.cpu.regs.rdx), (0xe7, 2));
+            guest.cpu.regs.rcx = 1;
+            guest.run(XGETBV);
+            guest.cpu.regs.rcx = 2;
+            assert_eq!(guest.fault(XGETBV, 13), 0);
+        }
+        let mut guest = Guest::new(long_mode());
+        guest.cpu.sregs.cr4 &= !cr4::OSXSAVE;
+        assert_eq!(guest.complete(XGETBV), Ok(Completed::Exception(6)));
+    }
+
+    #[test]
+    fn rdtscp_and_rdpid_read_their_msrs() {
+        for mode in [long_mode, protected_mode] {
+            let mut guest = Guest::new(mode());
+            guest.cpu.msrs = [(MSR_TSC, 0x1234_5678_9abc_def0), (MSR_TSC_AUX, 0x11)].into();
+            guest.run(RDTSCP);
+            let regs = &guest.cpu.regs;
+            assert_eq!((regs.rdx, regs.rax, regs.rcx), (0x1234_5678, 0x9abc_def0, 0x11));
+            guest.run(RDPID);
+            assert_eq!(guest.cpu.regs.rax, 0x11);
+
+            guest.cpu.sregs.cr4 |= cr4::TSD;
+            guest.run(RDTSCP);
+            assert_eq!(user(guest).fault(RDTSCP, 13), 0);
+        }
+    }
+
+    #[test]
+    fn an_msr_kvm_does_not_give_is_reported() {
+        let error = Guest::new(long_mode()).complete(RDPID).unwrap_err();
+        assert!(matches!(error, NotCompleted::Unsupported(why) if why.contains("MSR")), "{error}");
+    }
+
+    #[test]
+    fn every_type_of_invpcid_flushes_the_tlb() {
+        for mode in [long_mode, protected_mode] {
+            for kind in 0..4 {
+                let mut guest = Guest::new(mode());
+                guest.cpu.sregs.cr4 |= cr4::PCIDE;
+                let cr4 = guest.cpu.sregs.cr4;
+                guest.poke_u64(DATA, 5);
+                guest.poke_u64(DATA + 8, 0x7fff_ffff_f000);
+                guest.cpu.regs.rbx = DATA;
+                guest.cpu.regs.rax = kind;
+                guest.run(INVPCID);
+                assert_eq!(guest.cpu.cr4_writes, [cr4 ^ cr4::PGE, cr4]);
+                assert_eq!(guest.cpu.sregs.cr4, cr4);
+            }
+        }
+    }
+
+    #[test]
+    fn invpcid_checks_its_type_descriptor_and_privilege() {
+        // type, PCID, address, CR4.PCIDE
+        let bad = [
+            (4, 0, 0, true),
+            (1 << 32, 0, 0, true),
+            (2, 0x1000, 0, true),
+            (0, 1, 0x8000_0000_0000_0000, true),
+            (0, 1, 0, false),
+            (1, 1, 0, false),
+        ];
+        for (kind, pcid, address, pcide) in bad {
+            let mut guest = Guest::new(long_mode());
+            if pcide {
+                guest.cpu.sregs.cr4 |= cr4::PCIDE;
+            }
+            guest.poke_u64(DATA, pcid);
+            guest.poke_u64(DATA + 8, address);
+            guest.cpu.regs.rbx = DATA;
+            guest.cpu.regs.rax = kind;
+            assert_eq!(guest.fault(INVPCID, 13), 0, "type {kind} PCID {pcid} at {address:#x}");
+            assert!(guest.cpu.cr4_writes.is_empty());
+        }
+        let mut guest = user(Guest::new(long_mode()));
+        guest.cpu.regs.rbx = DATA;
+        assert_eq!(guest.fault(INVPCID, 13), 0);
+    }
+
+    #[test]
+    fn cache_line_writes_only_check_the_address() {
+        for bytes in [CLWB, CLFLUSHOPT] {
+            let mut guest = Guest::new(long_mode());
+            guest.poke_u64(DATA, 0x55);
+            guest.cpu.regs.rbx = DATA;
+            let before = guest.cpu.regs;
+            guest.run(bytes);
+            assert_eq!(guest.peek_u64(DATA), 0x55);
+            assert_eq!(guest.cpu.regs, kvm_bindings::kvm_regs { rip: before.rip + 4, ..before });
+            guest.unmap(DATA);
+            assert_eq!(guest.fault(bytes, 14), 0);
+            assert_eq!(guest.cpu.sregs.cr2, DATA);
+        }
+        // Code that may only be executed is fine too.
+        let mut guest = Guest::new(protected_mode());
+        guest.cpu.sregs.cs.type_ = 9;
+        guest.cpu.regs.rbx = DATA;
+        guest.run(&[0x2e, 0x66, 0x0f, 0xae, 0x33]); // clwb cs:[ebx]
+    }
+
+    #[test]
+    fn undefined_instructions_raise_ud() {
+        for bytes in [&[0x0f, 0x0b][..], &[0x0f, 0xb9, 0xc0], &[0x0f, 0xff, 0xc0]] {
+            let mut guest = Guest::new(long_mode());
+            let rip = guest.cpu.regs.rip;
+            assert_eq!(guest.complete(bytes), Ok(Completed::Exception(6)));
+            assert_eq!(guest.cpu.regs.rip, rip);
+            assert_eq!(guest.cpu.events.exception.has_error_code, 0);
+        }
+    }
+}
