@@ -66,7 +66,7 @@ fn seconds_since_1970() -> u64 {
 }
 
 fn bcd(value: u64) -> u8 {
-    ((value / 10 % 10) << 4 | value % 10) as u8
+    ((value / 10 % 10) * 16 + value % 10) as u8
 }
 
 /// Year, month and day of the Gregorian calendar, from days since 1970-01-01.
@@ -142,6 +142,6 @@ mod tests {
         let word = |rtc: &mut Rtc, i| u16::from_le_bytes([read(rtc, i), read(rtc, i + 1)]);
         assert_eq!(word(&mut rtc, 0x30), u16::MAX);
         assert_eq!(u32::from(word(&mut rtc, 0x34)) << 16, 112 << 20);
-        assert_eq!(u64::from(word(&mut rtc, 0x5b)) << 16 | 1 << 32, 5 << 30);
+        assert_eq!((u64::from(word(&mut rtc, 0x5b)) << 16) + (4 << 30), 5 << 30);
     }
 }

@@ -215,7 +215,7 @@ mod tests {
     fn string_output_is_one_access_after_the_other() {
         let (outside, device) = outside();
         let mut vcpu = vcpu();
-        vcpu.expect_io_data().return_var(vec![1, 2, 3, 4, 5, 6].into());
+        vcpu.expect_io_data().return_var(vec![1, 2, 3, 4, 5, 6]);
         assert_eq!(answer(&mut vcpu, io(IoDirection::Out, 2, 3), &outside), Next::Run);
         let expected = [(0, vec![1, 2]), (0, vec![3, 4]), (0, vec![5, 6])];
         assert_eq!(device.lock().unwrap().written, expected);

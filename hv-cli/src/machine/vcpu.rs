@@ -38,7 +38,7 @@ pub struct VcpuReport {
     /// What was completed for it, unless that is turned off.
     pub completed: Option<Counts>,
     /// Why it could not go on, if it is the one that stopped the machine.
-    pub crash: Option<CrashReport>,
+    pub crash: Option<Box<CrashReport>>,
 }
 
 impl<V: Vcpu + 'static> VcpuThread<V> {
@@ -76,7 +76,7 @@ impl<V: Vcpu> VcpuThread<V> {
                 // An application processor that was just started: KVM asks for another try.
                 Err(error) if error.errno == Errno::EAGAIN => continue,
                 Err(error) => {
-                    crash = Some(CrashReport::collect(&self.vcpu, &self.memory, &[]));
+                    crash = Some(Box::new(CrashReport::collect(&self.vcpu, &self.memory, &[])));
                     stopper.stop(StopReason::Failed { vcpu: id, error });
                     break;
                 }
@@ -93,7 +93,7 @@ impl<V: Vcpu> VcpuThread<V> {
                 },
                 Next::Stop(reason) => {
                     if is_crash(&reason) {
-                        crash = Some(CrashReport::collect(&self.vcpu, &self.memory, &[]));
+                        crash = Some(Box::new(CrashReport::collect(&self.vcpu, &self.memory, &[])));
                     }
                     reason
                 }
@@ -104,7 +104,7 @@ impl<V: Vcpu> VcpuThread<V> {
     }
 
     /// Completes the instruction KVM could not, or says where and why not.
-    fn complete(&mut self, error: InternalError) -> Result<(), CrashReport> {
+    fn complete(&mut self, error: InternalError) -> Result<(), Box<CrashReport>> {
         let (len, bytes) = error.instruction();
         let bytes = bytes.get(..len).unwrap_or_default();
         let refused = match &mut self.completer {
@@ -114,7 +114,7 @@ impl<V: Vcpu> VcpuThread<V> {
             },
             None => None,
         };
-        let mut report = CrashReport::collect(&self.vcpu, &self.memory, bytes);
+        let mut report = Box::new(CrashReport::collect(&self.vcpu, &self.memory, bytes));
         report.not_completed = refused;
         Err(report)
     }
