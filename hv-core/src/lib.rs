@@ -10,10 +10,12 @@
 
 mod backend;
 mod capability;
+mod device;
 mod errno;
 mod error;
 mod exit;
 mod hypervisor;
+pub mod init;
 mod ioctl;
 mod ioevent;
 mod memory;
@@ -24,6 +26,7 @@ mod vcpu;
 
 pub use backend::{IoEventBackend, IrqBackend, MemoryBackend};
 pub use capability::{Capability, Scope};
+pub use device::{DeviceChoice, OpenError, OpenErrorKind, ParseDeviceError};
 pub use errno::Errno;
 pub use error::{Context, Error};
 pub use exit::{
