@@ -252,3 +252,83 @@ pub(super) fn real_mode() -> FakeCpu {
     sregs.idt = kvm_dtable { base: 0, limit: 0x3ff, ..Default::default() };
     cpu
 }
+
+/// Descriptors for the GDT: flat, present, accessed.
+pub(super) mod descriptor {
+    pub(in crate::complete) const CODE32: u64 = 0x00cf_9b00_0000_ffff;
+    pub(in crate::complete) const CODE64: u64 = 0x00af_9b00_0000_ffff;
+    pub(in crate::complete) const DATA: u64 = 0x00cf_9300_0000_ffff;
+    pub(in crate::complete) const USER_CODE32: u64 = 0x00cf_fb00_0000_ffff;
+    pub(in crate::complete) const USER_DATA: u64 = 0x00cf_f300_0000_ffff;
+    pub(in crate::complete) const PRESENT: u64 = 1 << 47;
+    pub(in crate::complete) const ACCESSED: u64 = 1 << 40;
+}
+
+/// Selectors of what [`Guest::with_tables`] puts into the GDT.
+pub(super) mod selector {
+    pub(in crate::complete) const CODE: u16 = 0x08;
+    pub(in crate::complete) const DATA: u16 = 0x10;
+    pub(in crate::complete) const USER_CODE: u16 = 0x1b;
+    pub(in crate::complete) const USER_DATA: u16 = 0x23;
+    /// Free for a test's own descriptor.
+    pub(in crate::complete) const SPARE: u16 = 0x30;
+}
+
+/// A gate of the IDT.
+#[derive(Clone, Copy)]
+pub(super) struct TestGate {
+    pub(super) selector: u16,
+    pub(super) offset: u64,
+    /// Type, DPL and present bit: byte 5 of the gate.
+    pub(super) access: u8,
+    pub(super) ist: u8,
+}
+
+/// A present interrupt gate of 32 or 64 bits with DPL 3 to `HANDLER`.
+pub(super) const GATE: TestGate =
+    TestGate { selector: selector::CODE, offset: HANDLER, access: 0xee, ist: 0 };
+pub(super) const HANDLER: u64 = 0x9000;
+
+impl Guest {
+    /// A guest with a GDT whose code descriptor fits the mode.
+    pub(super) fn with_tables(cpu: FakeCpu) -> Self {
+        let long = cpu.sregs.efer & efer::LMA != 0;
+        let guest = Self::new(cpu);
+        let code = if long { descriptor::CODE64 } else { descriptor::CODE32 };
+        guest.set_descriptor(selector::CODE, code);
+        guest.set_descriptor(selector::DATA, descriptor::DATA);
+        guest.set_descriptor(selector::USER_CODE, descriptor::USER_CODE32);
+        guest.set_descriptor(selector::USER_DATA, descriptor::USER_DATA);
+        guest
+    }
+
+    pub(super) fn set_descriptor(&self, selector: u16, descriptor: u64) {
+        self.poke_u64(GDT + u64::from(selector & !7), descriptor);
+    }
+
+    pub(super) fn get_descriptor(&self, selector: u16) -> u64 {
+        self.peek_u64(GDT + u64::from(selector & !7))
+    }
+
+    pub(super) fn set_gate(&self, vector: u64, gate: TestGate) {
+        let low = gate.offset & 0xffff
+            | u64::from(gate.selector) << 16
+            | u64::from(gate.ist) << 32
+            | u64::from(gate.access) << 40
+            | (gate.offset & 0xffff_0000) << 32;
+        if self.cpu.sregs.efer & efer::LMA != 0 {
+            self.poke_u64(IDT + 16 * vector, low);
+            self.poke_u64(IDT + 16 * vector + 8, gate.offset >> 32);
+        } else {
+            self.poke_u64(IDT + 8 * vector, low);
+        }
+    }
+
+    /// Moves the vCPU to CPL 3 (32-bit code segment).
+    pub(super) fn enter_user(&mut self) {
+        let sregs = &mut self.cpu.sregs;
+        sregs.cs = kvm_segment { dpl: 3, ..segment(selector::USER_CODE, 11) };
+        sregs.ss = kvm_segment { dpl: 3, ..segment(selector::USER_DATA, 3) };
+        (sregs.ds, sregs.es) = (sregs.ss, sregs.ss);
+    }
+}
