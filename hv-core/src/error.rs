@@ -30,6 +30,8 @@ pub enum Context {
         /// Bytes; 0 deletes the slot.
         size: u64,
     },
+    /// A memory slot, by its number alone.
+    SlotId(SlotId),
     /// A guest-physical address or I/O port.
     Address(u64),
     /// A model-specific register.
@@ -48,6 +50,7 @@ impl fmt::Display for Context {
             Context::Slot { slot, guest, size } => {
                 write!(f, " for slot {slot} at {guest:#x}, {size:#x} bytes")
             }
+            Context::SlotId(slot) => write!(f, " of slot {slot}"),
             Context::Address(address) => write!(f, " at {address:#x}"),
             Context::Msr(index) => write!(f, " of MSR {index:#x}"),
         }
