@@ -1,0 +1,236 @@
+//! What a router knows, and the one place that makes KVM agree with it.
+//!
+//! A batch changes this state first, with a record of what was there before; then KVM is told, and if
+//! it refuses, both go back. Outside of [`State::commit`] state and kernel agree. Nothing else in
+//! the crate calls a mutating ioctl.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use hv_core::{Error, Gsi, IrqBackend, Route, RouteTarget};
+
+use crate::ledger::{Binding, Ledger};
+use crate::table::Targets;
+use crate::{GsiBitmap, RouteError, RouterError, RoutingTable};
+
+/// One change of a batch.
+#[derive(Debug)]
+pub(crate) enum Op {
+    /// Replaces all a GSI leads to.
+    Set(Gsi, RouteTarget),
+    /// Adds to what a GSI leads to.
+    Add(Route),
+    /// Removes all a GSI leads to.
+    Clear(Gsi),
+    /// Binds an eventfd to a GSI that has none.
+    Bind(Gsi, Arc<OwnedFd>),
+    /// Unbinds all eventfds of a GSI.
+    Unbind(Gsi),
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) gsis: GsiBitmap,
+    pub(crate) table: RoutingTable,
+    pub(crate) irqfds: Ledger,
+    /// Entries of the table that are kept for the legacy GSIs.
+    legacy_entries: u32,
+    /// GSIs whose owner is gone but which KVM would not let go of. Each commit tries again.
+    abandoned: BTreeSet<Gsi>,
+}
+
+/// What a batch changed, with what was there before.
+#[derive(Debug, Default)]
+struct Change {
+    routes: BTreeMap<Gsi, Targets>,
+    irqfds: BTreeMap<RawFd, Option<Binding>>,
+}
+
+impl State {
+    pub(crate) fn new(gsis: GsiBitmap, table: RoutingTable, legacy_entries: u32) -> Self {
+        let irqfds = Ledger::default();
+        Self { gsis, table, irqfds, legacy_entries, abandoned: BTreeSet::new() }
+    }
+
+    /// Takes a GSI, and with it the table entry its route will need. This is where both limits are
+    /// checked, so that a batch can't find the table full.
+    pub(crate) fn allocate(&mut self) -> Result<Gsi, RouterError> {
+        let limit = self.gsis.count();
+        if self.legacy_entries + self.gsis.len() >= limit {
+            return Err(RouteError::TableFull { limit }.into());
+        }
+        Ok(self.gsis.allocate()?)
+    }
+
+    /// Undoes all of a GSI whose owner is gone. If KVM refuses, a later commit tries again.
+    pub(crate) fn release<V: IrqBackend>(&mut self, vm: &V, gsi: Gsi) {
+        let released = match self.commit(vm, &[Op::Unbind(gsi), Op::Clear(gsi)]) {
+            Ok(()) => self.gsis.free(gsi).is_ok(),
+            Err(_) => false,
+        };
+        if !released {
+            self.abandoned.insert(gsi);
+        }
+    }
+
+    /// Applies all of `ops` or none: irqfds are unbound, the table is written if it differs, irqfds
+    /// are bound, in this order.
+    ///
+    /// The order matters: an event that arrives while its GSI has no route is lost, one that arrives
+    /// while the eventfd is unbound waits in its counter. And some kernels panic if the route of a
+    /// bound irqfd leaves the table.
+    pub(crate) fn commit<V: IrqBackend>(&mut self, vm: &V, ops: &[Op]) -> Result<(), RouterError> {
+        let mut change = Change::default();
+        let reaped = self.reap(vm, &mut change);
+        for op in ops {
+            if let Err(error) = self.apply(op, &mut change) {
+                self.undo(change);
+                return Err(error);
+            }
+        }
+        self.carry_out(vm, change)?;
+        for gsi in reaped {
+            if self.gsis.free(gsi).is_ok() {
+                self.abandoned.remove(&gsi);
+            }
+        }
+        Ok(())
+    }
+
+    /// Tries again to unbind what is abandoned, and clears the routes of what has no irqfd left.
+    fn reap<V: IrqBackend>(&mut self, vm: &V, change: &mut Change) -> Vec<Gsi> {
+        let mut reaped = Vec::new();
+        for &gsi in &self.abandoned {
+            let fds: Vec<RawFd> = self.irqfds.of(gsi).collect();
+            for fd in fds {
+                if vm.irqfd_deassign(fd, gsi).is_ok() {
+                    self.irqfds.put(fd, None);
+                }
+            }
+            if self.irqfds.of(gsi).next().is_none() {
+                let before = self.table.put(gsi, Targets::None);
+                change.routes.insert(gsi, before);
+                reaped.push(gsi);
+            }
+        }
+        reaped
+    }
+
+    fn apply(&mut self, op: &Op, change: &mut Change) -> Result<(), RouterError> {
+        match op {
+            Op::Set(gsi, target) => {
+                let before = self.table.get(*gsi);
+                self.table.replace(Route { gsi: *gsi, target: *target })?;
+                change.routes.entry(*gsi).or_insert(before);
+            }
+            Op::Add(route) => {
+                let before = self.table.get(route.gsi);
+                self.table.insert(*route)?;
+                change.routes.entry(route.gsi).or_insert(before);
+            }
+            Op::Clear(gsi) => {
+                let before = self.table.put(*gsi, Targets::None);
+                change.routes.entry(*gsi).or_insert(before);
+            }
+            Op::Bind(gsi, event) => {
+                let (gsi, fd) = (*gsi, event.as_raw_fd());
+                if let Some(bound) = self.irqfds.get(fd) {
+                    return Err(RouterError::EventInUse { fd, gsi: bound.gsi });
+                }
+                if let Some(fd) = self.irqfds.of(gsi).next() {
+                    return Err(RouterError::RouteBound { gsi, fd });
+                }
+                self.put_irqfd(fd, Some(Binding { gsi, event: Arc::clone(event) }), change);
+            }
+            Op::Unbind(gsi) => {
+                let fds: Vec<RawFd> = self.irqfds.of(*gsi).collect();
+                for fd in fds {
+                    self.put_irqfd(fd, None, change);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn put_irqfd(&mut self, fd: RawFd, binding: Option<Binding>, change: &mut Change) {
+        let before = self.irqfds.put(fd, binding);
+        change.irqfds.entry(fd).or_insert(before);
+    }
+
+    /// Puts back what `change` replaced; returns the routes that were there instead.
+    fn undo(&mut self, change: Change) -> Vec<(Gsi, Targets)> {
+        for (fd, before) in change.irqfds {
+            self.irqfds.put(fd, before);
+        }
+        let routes = change.routes.into_iter();
+        routes.map(|(gsi, before)| (gsi, self.table.put(gsi, before))).collect()
+    }
+
+    /// Makes KVM agree with the state after `change`, or the state with KVM as it was before.
+    fn carry_out<V: IrqBackend>(&mut self, vm: &V, change: Change) -> Result<(), RouterError> {
+        let (unbind, bind) = self.irqfd_difference(&change);
+        let table_differs =
+            change.routes.iter().any(|(&gsi, before)| self.table.get(gsi) != *before);
+
+        let (mut unbound, mut written, mut bound) = (0, false, 0);
+        let mut tell = || -> Result<(), Error> {
+            for binding in &unbind {
+                vm.irqfd_deassign(binding.fd(), binding.gsi)?;
+                unbound += 1;
+            }
+            if table_differs {
+                vm.set_gsi_routing(&self.table.routes())?;
+                written = true;
+            }
+            for binding in &bind {
+                vm.irqfd_assign(binding.irqfd())?;
+                bound += 1;
+            }
+            Ok(())
+        };
+        let Err(cause) = tell() else { return Ok(()) };
+
+        // Back in the same order: unbind, table, bind. Where KVM does not let us, the state follows
+        // KVM, so that the two agree whatever happens.
+        let mut failure = None;
+        let refused = self.undo(change);
+        for binding in bind.into_iter().take(bound) {
+            if let Err(error) = vm.irqfd_deassign(binding.fd(), binding.gsi) {
+                failure.get_or_insert(error);
+                self.irqfds.put(binding.fd(), Some(binding));
+            }
+        }
+        if written && let Err(error) = vm.set_gsi_routing(&self.table.routes()) {
+            failure.get_or_insert(error);
+            for (gsi, targets) in refused {
+                self.table.put(gsi, targets);
+            }
+        }
+        for binding in unbind.iter().take(unbound) {
+            // A new binding of the same eventfd that could not be undone stays instead.
+            let restored = self.irqfds.get(binding.fd()).is_some_and(|b| b.gsi == binding.gsi);
+            if restored && let Err(error) = vm.irqfd_assign(binding.irqfd()) {
+                failure.get_or_insert(error);
+                self.irqfds.put(binding.fd(), None);
+            }
+        }
+        Err(match failure {
+            None => RouterError::Kvm(cause),
+            Some(rollback) => RouterError::RollbackFailed { cause, rollback },
+        })
+    }
+
+    /// The irqfds KVM has and should not, and those it should have and has not.
+    fn irqfd_difference(&self, change: &Change) -> (Vec<Binding>, Vec<Binding>) {
+        let (mut unbind, mut bind) = (Vec::new(), Vec::new());
+        for (&fd, before) in &change.irqfds {
+            let after = self.irqfds.get(fd);
+            if before.as_ref().map(|b| b.gsi) != after.map(|b| b.gsi) {
+                unbind.extend(before.clone());
+                bind.extend(after.cloned());
+            }
+        }
+        (unbind, bind)
+    }
+}

@@ -1,0 +1,238 @@
+//! The routing table: what each GSI leads to, and the rules KVM has for it.
+//!
+//! A route KVM would refuse is refused here, when it is inserted, so that no bad entry waits in the
+//! table to fail every later commit. It must not issue ioctls.
+
+use hv_core::{Gsi, IrqchipId, Route, RouteTarget};
+use thiserror::Error;
+
+/// Why a route can't be in the table. The table is unchanged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum RouteError {
+    /// KVM has no such GSI.
+    #[error("GSI {gsi} can't be routed: this VM has {count} GSIs")]
+    GsiOutOfRange {
+        /// The GSI.
+        gsi: Gsi,
+        /// How many there are.
+        count: u32,
+    },
+    /// The table has as many entries as KVM takes.
+    #[error("the routing table is full: KVM takes {limit} entries")]
+    TableFull {
+        /// The most entries (`KVM_CAP_IRQ_ROUTING`).
+        limit: u32,
+    },
+    /// There is no such pin.
+    #[error("pin {pin} of irqchip {} does not exist", .chip.0)]
+    NoSuchPin {
+        /// The irqchip.
+        chip: IrqchipId,
+        /// The pin.
+        pin: u32,
+    },
+    /// Pins are routed by the kernel only if the kernel has the irqchip.
+    #[error("GSI {gsi} can't lead to a pin: the irqchip is split, its pins are not in the kernel")]
+    PinInSplitMode {
+        /// The GSI.
+        gsi: Gsi,
+    },
+    /// The GSI already leads somewhere that excludes this target.
+    #[error(
+        "GSI {gsi} already has a route: a GSI leads to one message, or to one pin of each irqchip"
+    )]
+    Conflict {
+        /// The GSI.
+        gsi: Gsi,
+    },
+}
+
+/// What one GSI leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Targets {
+    #[default]
+    None,
+    /// One thing that is no pin.
+    Single(RouteTarget),
+    /// At most one pin of each irqchip, by the number of the irqchip.
+    Pins([Option<u32>; IRQCHIPS]),
+}
+
+const IRQCHIPS: usize = 3;
+
+impl Targets {
+    fn len(self) -> u32 {
+        match self {
+            Targets::None => 0,
+            Targets::Single(_) => 1,
+            Targets::Pins(pins) => pins.iter().map(|pin| u32::from(pin.is_some())).sum(),
+        }
+    }
+
+    fn iter(self) -> impl Iterator<Item = RouteTarget> {
+        let (single, pins) = match self {
+            Targets::None => (None, [None; IRQCHIPS]),
+            Targets::Single(target) => (Some(target), [None; IRQCHIPS]),
+            Targets::Pins(pins) => (None, pins),
+        };
+        let pins = (0..).zip(pins).filter_map(|(chip, pin)| {
+            pin.map(|pin| RouteTarget::Pin { chip: IrqchipId(chip), pin })
+        });
+        single.into_iter().chain(pins)
+    }
+}
+
+/// A routing table that KVM accepts.
+///
+/// ```
+/// use hv_core::{Gsi, Msi, Route, RouteTarget};
+/// use hv_irq::{RouteError, RoutingTable};
+///
+/// let mut table = RoutingTable::new(4096, 4096, true);
+/// let route = Route { gsi: Gsi(24), target: RouteTarget::Msi(Msi::default()) };
+/// table.insert(route)?;
+/// assert_eq!(table.insert(route), Err(RouteError::Conflict { gsi: Gsi(24) }));
+/// assert_eq!(table.routes(), [route]);
+/// # Ok::<(), RouteError>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct RoutingTable {
+    /// By GSI; as long as the highest GSI that ever had a route needs.
+    targets: Vec<Targets>,
+    gsi_count: u32,
+    limit: u32,
+    kernel_pins: bool,
+    len: u32,
+}
+
+impl RoutingTable {
+    /// An empty table for GSIs below `gsi_count` with at most `limit` entries (both the value of
+    /// `KVM_CAP_IRQ_ROUTING`). `kernel_pins` says whether the irqchip is wholly in the kernel.
+    #[must_use]
+    pub fn new(gsi_count: u32, limit: u32, kernel_pins: bool) -> Self {
+        Self { targets: Vec::new(), gsi_count, limit, kernel_pins, len: 0 }
+    }
+
+    /// Entries.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Whether there is no entry.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The entries in the order of GSIs, those of one GSI in the order of irqchips.
+    #[must_use]
+    pub fn routes(&self) -> Vec<Route> {
+        let mut routes = Vec::with_capacity(self.len as usize);
+        for (gsi, &targets) in (0..).map(Gsi).zip(&self.targets) {
+            routes.extend(targets.iter().map(|target| Route { gsi, target }));
+        }
+        routes
+    }
+
+    /// Where `gsi` leads.
+    pub fn targets(&self, gsi: Gsi) -> impl Iterator<Item = RouteTarget> {
+        self.get(gsi).iter()
+    }
+
+    /// Adds a route beside those the GSI has.
+    ///
+    /// # Errors
+    /// KVM would refuse the table ([`RouteError`]).
+    pub fn insert(&mut self, route: Route) -> Result<(), RouteError> {
+        let Route { gsi, target } = route;
+        self.check(route)?;
+        let targets = match (self.get(gsi), target) {
+            (Targets::None, RouteTarget::Pin { chip, pin }) => {
+                with_pin([None; IRQCHIPS], chip, pin, gsi)?
+            }
+            (Targets::Pins(pins), RouteTarget::Pin { chip, pin }) => {
+                with_pin(pins, chip, pin, gsi)?
+            }
+            (Targets::None, target) => Targets::Single(target),
+            _ => return Err(RouteError::Conflict { gsi }),
+        };
+        if self.len >= self.limit {
+            return Err(RouteError::TableFull { limit: self.limit });
+        }
+        self.put(gsi, targets);
+        Ok(())
+    }
+
+    /// Replaces all the GSI leads to by one target.
+    ///
+    /// # Errors
+    /// KVM would refuse the table ([`RouteError`]).
+    pub fn replace(&mut self, route: Route) -> Result<(), RouteError> {
+        let before = self.put(route.gsi, Targets::None);
+        self.insert(route).inspect_err(|_| {
+            self.put(route.gsi, before);
+        })
+    }
+
+    /// Removes every entry of a GSI, and says how many there were.
+    pub fn remove(&mut self, gsi: Gsi) -> u32 {
+        self.put(gsi, Targets::None).len()
+    }
+
+    pub(crate) fn get(&self, gsi: Gsi) -> Targets {
+        self.targets.get(gsi.0 as usize).copied().unwrap_or_default()
+    }
+
+    /// Sets what a GSI leads to without checks, for a state this table had before. Returns what it
+    /// led to.
+    pub(crate) fn put(&mut self, gsi: Gsi, targets: Targets) -> Targets {
+        let index = gsi.0 as usize;
+        if index >= self.targets.len() {
+            if targets == Targets::None {
+                return Targets::None;
+            }
+            self.targets.resize(index + 1, Targets::None);
+        }
+        let Some(slot) = self.targets.get_mut(index) else { return Targets::None };
+        let before = std::mem::replace(slot, targets);
+        self.len = self.len - before.len() + targets.len();
+        before
+    }
+
+    /// The rules that concern one entry alone.
+    fn check(&self, route: Route) -> Result<(), RouteError> {
+        let Route { gsi, target } = route;
+        if gsi.0 >= self.gsi_count {
+            return Err(RouteError::GsiOutOfRange { gsi, count: self.gsi_count });
+        }
+        if let RouteTarget::Pin { chip, pin } = target {
+            if !self.kernel_pins {
+                return Err(RouteError::PinInSplitMode { gsi });
+            }
+            let pins = match chip {
+                IrqchipId::PIC_MASTER | IrqchipId::PIC_SLAVE => 8,
+                IrqchipId::IOAPIC => 24,
+                _ => 0,
+            };
+            if pin >= pins {
+                return Err(RouteError::NoSuchPin { chip, pin });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn with_pin(
+    mut pins: [Option<u32>; IRQCHIPS],
+    chip: IrqchipId,
+    pin: u32,
+    gsi: Gsi,
+) -> Result<Targets, RouteError> {
+    match pins.get_mut(chip.0 as usize) {
+        Some(slot @ None) => *slot = Some(pin),
+        Some(Some(_)) => return Err(RouteError::Conflict { gsi }),
+        None => return Err(RouteError::NoSuchPin { chip, pin }),
+    }
+    Ok(Targets::Pins(pins))
+}
