@@ -46,8 +46,10 @@ pub enum RouterError {
     /// The route belongs to another router.
     #[error("the route of GSI {0} belongs to another VM's router")]
     ForeignRoute(Gsi),
-    /// The pins are not in the kernel, so that it has no lines to set.
-    #[error("GSI {0} is no line of the kernel: the irqchip is split, use the user-space I/O APIC")]
+    /// The kernel has no such line, or none at all because the irqchip is split.
+    #[error(
+        "GSI {0} is no line of the kernel's interrupt controllers; with a split irqchip, use the user-space I/O APIC"
+    )]
     NoKernelLine(Gsi),
     /// A call failed, and all that had been done before it was undone.
     #[error(transparent)]

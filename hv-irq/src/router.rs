@@ -56,7 +56,7 @@ pub struct RouterConfig {
 /// # Ok::<(), hv_irq::RouterError>(())
 /// ```
 pub struct IrqRouter<V: IrqBackend> {
-    shared: Arc<Shared<V>>,
+    pub(crate) shared: Arc<Shared<V>>,
 }
 
 pub(crate) struct Shared<V> {
