@@ -18,6 +18,8 @@ mod record;
 mod replay;
 mod step;
 mod system;
+#[cfg(test)]
+mod tests;
 
 pub use config::{Config, GUEST_PAGE_SIZE, Irqchip};
 pub use error::{InitError, InitErrorKind, Request};
