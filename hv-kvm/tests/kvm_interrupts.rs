@@ -1,0 +1,274 @@
+//! Routes, irqfds, lines, messages and ioeventfds on real KVM.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+mod common;
+
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use common::{CODE, UNMAPPED, begin, next_exit, vm_with};
+use hv_core::{
+    Capability, Errno, Gsi, Hypervisor, IoAddress, IoEvent, IoEventBackend, IrqBackend, IrqchipId,
+    Irqfd, LineStatus, Msi, MsiStatus, Route, RouteTarget, Vcpu, VcpuExit, Vm,
+};
+use hv_kvm::{KvmVcpu, KvmVm};
+use kvm_bindings::kvm_pit_config;
+
+fn vm() -> KvmVm {
+    common::kvm().create_vm(0).unwrap()
+}
+
+fn vm_with_irqchip() -> KvmVm {
+    let vm = vm();
+    vm.create_irqchip().unwrap();
+    vm
+}
+
+fn eventfd() -> OwnedFd {
+    common::kvm().eventfd().unwrap()
+}
+
+fn errno<T>(result: Result<T, hv_core::Error>) -> Result<T, Errno> {
+    result.map_err(|error| error.errno)
+}
+
+/// A message of `vector` to the local APIC 0.
+fn message(vector: u8) -> Msi {
+    Msi { address: 0xfee0_0000, data: vector.into(), device: None }
+}
+
+fn msi_route(gsi: u32, vector: u8) -> Route {
+    Route { gsi: Gsi(gsi), target: RouteTarget::Msi(message(vector)) }
+}
+
+/// A vCPU whose local APIC takes interrupts.
+fn vcpu_with_apic(vm: &KvmVm) -> KvmVcpu {
+    let vcpu = vm.create_vcpu(0).unwrap();
+    let mut lapic = vcpu.lapic().unwrap();
+    // Spurious interrupt vector register: enabled, vector 0xff.
+    (lapic.regs[0xf0], lapic.regs[0xf1]) = (0xffu8 as i8, 0x01);
+    vcpu.set_lapic(&lapic).unwrap();
+    vcpu
+}
+
+/// Whether the local APIC has `vector` in its interrupt request register.
+fn requested(vcpu: &KvmVcpu, vector: u8) -> bool {
+    let byte = 0x200 + usize::from(vector / 32) * 16 + usize::from(vector % 32 / 8);
+    vcpu.lapic().unwrap().regs[byte] as u8 & (1 << (vector % 8)) != 0
+}
+
+#[test]
+fn without_an_irqchip() {
+    let (vm, event) = (vm(), eventfd());
+    assert_eq!(errno(vm.set_gsi_routing(&[])), Err(Errno::EINVAL));
+    let irqfd = Irqfd { fd: event.as_raw_fd(), gsi: Gsi(0), resample: None };
+    assert_eq!(errno(vm.irqfd_assign(irqfd)), Err(Errno::EINVAL));
+    assert_eq!(errno(vm.signal_msi(message(0x40))), Err(Errno::EINVAL));
+    assert_eq!(errno(vm.irq_line(Gsi(4), true)), Err(Errno::ENXIO));
+    assert_eq!(errno(vm.irq_line_status(Gsi(4), true)), Err(Errno::ENXIO));
+    assert_eq!(errno(vm.irqchip(0).map(|_| ())), Err(Errno::ENXIO));
+    assert_eq!(errno(vm.create_pit2(kvm_pit_config::default())), Err(Errno::ENOENT));
+}
+
+#[test]
+fn a_table_of_any_length_is_judged_by_kvm() {
+    let vm = vm_with_irqchip();
+    let limit = vm.check_extension(Capability::IrqRouting).unwrap().unsigned_abs();
+    let table = |n| (0..n).map(|gsi| msi_route(gsi, 0x40)).collect::<Vec<_>>();
+    assert_eq!(errno(vm.set_gsi_routing(&table(limit))), Ok(()));
+    let error = vm.set_gsi_routing(&table(limit + 1)).unwrap_err();
+    assert_eq!(error.errno, Errno::EINVAL);
+    let text = format!("KVM_SET_GSI_ROUTING with {} routes failed: EINVAL", limit + 1);
+    assert!(error.to_string().starts_with(&text), "{error}");
+    assert_eq!(errno(vm.set_gsi_routing(&table(100_000))), Err(Errno::EINVAL));
+    assert_eq!(errno(vm.set_gsi_routing(&[])), Ok(()));
+
+    let twice = [msi_route(30, 0x40), msi_route(30, 0x41)];
+    assert_eq!(errno(vm.set_gsi_routing(&twice)), Err(Errno::EINVAL), "two messages on one GSI");
+    let pin = |chip, pin| Route { gsi: Gsi(4), target: RouteTarget::Pin { chip, pin } };
+    let both = [pin(IrqchipId::PIC_MASTER, 4), pin(IrqchipId::IOAPIC, 4)];
+    assert_eq!(errno(vm.set_gsi_routing(&both)), Ok(()));
+    assert_eq!(errno(vm.set_gsi_routing(&[pin(IrqchipId::IOAPIC, 24)])), Err(Errno::EINVAL));
+    let device = Some(0x18);
+    let target = RouteTarget::Msi(Msi { device, ..message(0x40) });
+    assert_eq!(errno(vm.set_gsi_routing(&[Route { gsi: Gsi(30), target }])), Ok(()));
+}
+
+#[test]
+fn a_message_is_delivered_or_has_no_target() {
+    let vm = vm_with_irqchip();
+    assert_eq!(vm.signal_msi(message(0x41)), Ok(MsiStatus::NoTarget), "no vCPU yet");
+    let vcpu = vcpu_with_apic(&vm);
+    assert!(!requested(&vcpu, 0x41));
+    assert_eq!(vm.signal_msi(message(0x41)), Ok(MsiStatus::Delivered));
+    assert!(requested(&vcpu, 0x41));
+    let elsewhere = Msi { address: 0xfee0_5000, ..message(0x41) };
+    assert_eq!(vm.signal_msi(elsewhere), Ok(MsiStatus::NoTarget));
+}
+
+#[test]
+fn an_irqfd_delivers_through_its_route() {
+    let vm = vm_with_irqchip();
+    let vcpu = vcpu_with_apic(&vm);
+    vm.set_gsi_routing(&[msi_route(24, 0x51)]).unwrap();
+    let event = eventfd();
+    let irqfd = Irqfd { fd: event.as_raw_fd(), gsi: Gsi(24), resample: None };
+    vm.irqfd_assign(irqfd).unwrap();
+
+    assert_eq!(errno(vm.irqfd_assign(irqfd)), Err(Errno::EBUSY));
+    let copy = event.try_clone().unwrap();
+    let same = Irqfd { fd: copy.as_raw_fd(), gsi: Gsi(25), resample: None };
+    assert_eq!(errno(vm.irqfd_assign(same)), Err(Errno::EBUSY), "a dup is the same eventfd");
+    let text = vm.irqfd_assign(irqfd).unwrap_err().to_string();
+    assert!(text.starts_with("KVM_IRQFD for GSI 24 failed: EBUSY"), "{text}");
+
+    File::from(copy).write_all(&1u64.to_ne_bytes()).unwrap();
+    common::wait_for("the interrupt of the irqfd", || requested(&vcpu, 0x51));
+
+    vm.irqfd_deassign(event.as_raw_fd(), Gsi(24)).unwrap();
+    vm.irqfd_deassign(event.as_raw_fd(), Gsi(24)).unwrap();
+    vm.irqfd_assign(irqfd).unwrap();
+}
+
+#[test]
+fn descriptors_that_are_no_eventfds() {
+    let vm = vm_with_irqchip();
+    let null = File::open("/dev/null").unwrap();
+    let assign = |fd| errno(vm.irqfd_assign(Irqfd { fd, gsi: Gsi(24), resample: None }));
+    assert_eq!(assign(null.as_raw_fd()), Err(Errno::EINVAL));
+    assert_eq!(assign(-1), Err(Errno::EBADF));
+    assert_eq!(errno(vm.irqfd_deassign(-1, Gsi(24))), Err(Errno::EBADF));
+    let event = |fd| IoEvent { address: IoAddress::Pio(1), length: 1, datamatch: None, fd };
+    assert_eq!(errno(vm.ioeventfd_assign(event(null.as_raw_fd()))), Err(Errno::EINVAL));
+    assert_eq!(errno(vm.ioeventfd_assign(event(-1))), Err(Errno::EBADF));
+}
+
+#[test]
+fn a_resample_irqfd_needs_the_full_irqchip() {
+    let (event, resample) = (eventfd(), eventfd());
+    let (fd, resample) = (event.as_raw_fd(), Some(resample.as_raw_fd()));
+    let irqfd = Irqfd { fd, gsi: Gsi(4), resample };
+    assert_eq!(errno(vm_with_irqchip().irqfd_assign(irqfd)), Ok(()));
+    let split = vm();
+    split.enable_cap(Capability::SplitIrqchip, [24, 0, 0, 0]).unwrap();
+    assert_eq!(errno(split.irqfd_assign(irqfd)), Err(Errno::EINVAL));
+}
+
+#[test]
+fn a_line_says_what_became_of_it() {
+    let vm = vm_with_irqchip();
+    assert_eq!(vm.irq_line_status(Gsi(2000), true), Ok(LineStatus::Ignored), "not routed");
+    let _vcpu = vcpu_with_apic(&vm);
+    // I/O APIC redirection entry 20: vector 0x61, edge, fixed, to APIC 0, not masked.
+    let mut ioapic = vm.irqchip(IrqchipId::IOAPIC.0).unwrap();
+    set_redirection(&mut ioapic, 20, 0x61);
+    vm.set_irqchip(&ioapic).unwrap();
+    assert_eq!(vm.irq_line_status(Gsi(20), true), Ok(LineStatus::Delivered(1)));
+    vm.irq_line(Gsi(20), false).unwrap();
+    assert_eq!(vm.irq_line_status(Gsi(20), true), Ok(LineStatus::Coalesced), "still pending");
+}
+
+#[allow(unsafe_code, reason = "the state of an irqchip is a C union")]
+fn set_redirection(chip: &mut kvm_bindings::kvm_irqchip, pin: usize, entry: u64) {
+    assert_eq!(chip.chip_id, IrqchipId::IOAPIC.0);
+    // SAFETY: every bit pattern is a state of the I/O APIC.
+    let ioapic = unsafe { &mut chip.chip.ioapic };
+    ioapic.redirtbl[pin].bits = entry;
+}
+
+#[test]
+fn an_ioeventfd_takes_the_write_it_matches() {
+    #[rustfmt::skip]
+    let (vm, _memory) = vm_with(&[
+        0xb0, 0x07,       // mov al, 7
+        0xe6, 0x70,       // out 0x70, al
+        0xb0, 0x08,       // mov al, 8
+        0xe6, 0x70,       // out 0x70, al
+        0xa2, 0x00, 0xe0, // mov [UNMAPPED], al
+        0xf4,             // hlt
+    ], 1);
+    let (port, memory) = (eventfd(), eventfd());
+    let on_port = IoEvent {
+        address: IoAddress::Pio(0x70),
+        length: 1,
+        datamatch: Some(7),
+        fd: port.as_raw_fd(),
+    };
+    let on_memory = IoEvent {
+        address: IoAddress::Mmio(UNMAPPED),
+        length: 0,
+        datamatch: None,
+        fd: memory.as_raw_fd(),
+    };
+    vm.ioeventfd_assign(on_port).unwrap();
+    vm.ioeventfd_assign(on_memory).unwrap();
+    assert_eq!(errno(vm.ioeventfd_assign(on_port)), Err(Errno::EEXIST));
+    let assign = |event| errno(vm.ioeventfd_assign(event));
+    assert_eq!(assign(IoEvent { length: 3, ..on_port }), Err(Errno::EINVAL));
+    assert_eq!(assign(IoEvent { length: 0, ..on_port }), Err(Errno::EINVAL), "with a value");
+
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    begin(&vcpu, CODE);
+    assert!(matches!(next_exit(&mut vcpu), VcpuExit::Io(_)), "8 does not match");
+    assert_eq!(vcpu.io_data(), [8]);
+    assert_eq!(next_exit(&mut vcpu), VcpuExit::Hlt, "no MMIO exit");
+    assert_eq!((count(&port), count(&memory)), (1, 1));
+
+    let deassign = |event| errno(vm.ioeventfd_deassign(event));
+    assert_eq!(deassign(IoEvent { datamatch: Some(8), ..on_port }), Err(Errno::ENOENT));
+    assert_eq!(deassign(IoEvent { length: 2, ..on_port }), Err(Errno::ENOENT));
+    assert_eq!(deassign(IoEvent { fd: memory.as_raw_fd(), ..on_port }), Err(Errno::ENOENT));
+    assert_eq!(deassign(on_port), Ok(()));
+    assert_eq!(deassign(on_port), Err(Errno::ENOENT));
+    begin(&vcpu, CODE);
+    assert!(matches!(next_exit(&mut vcpu), VcpuExit::Io(_)));
+    assert_eq!(vcpu.io_data(), [7], "the port exits again");
+}
+
+/// What an eventfd has counted since it was last read.
+fn count(eventfd: &OwnedFd) -> u64 {
+    let mut bytes = [0; 8];
+    match File::from(eventfd.try_clone().unwrap()).read(&mut bytes) {
+        Ok(_) => u64::from_ne_bytes(bytes),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn the_order_of_creation() {
+    let vm = vm_with_irqchip();
+    assert_eq!(errno(vm.create_irqchip()), Err(Errno::EEXIST));
+    assert_eq!(errno(vm.enable_cap(Capability::SplitIrqchip, [24, 0, 0, 0])), Err(Errno::EEXIST));
+    vm.create_pit2(kvm_pit_config::default()).unwrap();
+    assert_eq!(errno(vm.create_pit2(kvm_pit_config::default())), Err(Errno::EEXIST));
+    let pit = vm.pit2().unwrap();
+    vm.set_pit2(&pit).unwrap();
+    let _vcpu = vm.create_vcpu(0).unwrap();
+    assert_eq!(errno(vm.set_identity_map_addr(0xfeff_c000)), Err(Errno::EINVAL));
+
+    let late = self::vm();
+    let vcpu = late.create_vcpu(0).unwrap();
+    assert_eq!(errno(late.create_irqchip()), Err(Errno::EINVAL));
+    assert_eq!(errno(late.set_tss_addr(0xffff_f000)), Err(Errno::EINVAL));
+    assert_eq!(errno(late.set_nr_mmu_pages(1)), Err(Errno::EINVAL));
+    late.set_nr_mmu_pages(4096).unwrap();
+    drop(vcpu);
+    let clock = late.clock().unwrap();
+    late.set_clock(&kvm_bindings::kvm_clock_data { flags: 0, ..clock }).unwrap();
+}
+
+#[test]
+fn interrupts_are_not_injected_beside_the_irqchip() {
+    let vm = vm_with_irqchip();
+    let vcpu = vm.create_vcpu(0).unwrap();
+    assert_eq!(errno(vcpu.interrupt(0x20)), Err(Errno::ENXIO));
+}

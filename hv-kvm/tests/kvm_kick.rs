@@ -1,0 +1,138 @@
+//! A kick is never lost, whatever the vCPU is doing when it comes.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+mod common;
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+
+use common::{CODE, begin, real_mode, vm_with, wait_for};
+use hv_core::{Hypervisor, Vcpu, VcpuExit, VcpuKick, Vm};
+use hv_kvm::KvmVcpu;
+use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_mp_state};
+
+const KICKS: u32 = 10_000;
+
+/// Kicks `vcpu` `KICKS` times from another thread, each time after the last one was noticed.
+fn storm(mut vcpu: KvmVcpu, mut other_exit: impl FnMut(&mut KvmVcpu, VcpuExit) + Send) {
+    // Relaxed: that the kick makes the request visible is part of what is tested.
+    let (requested, noticed) = (AtomicU32::new(0), AtomicU32::new(0));
+    let kick = vcpu.kicker();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while noticed.load(Ordering::Relaxed) < KICKS {
+                match vcpu.run().unwrap() {
+                    VcpuExit::Interrupted => {
+                        noticed.store(requested.load(Ordering::Relaxed), Ordering::Relaxed);
+                    }
+                    exit => other_exit(&mut vcpu, exit),
+                }
+            }
+        });
+        for n in 1..=KICKS {
+            requested.store(n, Ordering::Relaxed);
+            kick.kick().unwrap();
+            wait_for("the end of a kicked run", || noticed.load(Ordering::Relaxed) >= n);
+        }
+    });
+}
+
+#[test]
+fn out_of_a_loop_without_exits() {
+    let (_vm, vcpu, _) = real_mode(&[0xeb, 0xfe]); // jmp $
+    storm(vcpu, |_, exit| panic!("unexpected {exit:?}"));
+}
+
+#[test]
+fn between_exits() {
+    let (_vm, vcpu, _) = real_mode(&[0xe6, 0x80, 0xeb, 0xfc]); // out 0x80, al; jmp back
+    storm(vcpu, |_, exit| assert!(matches!(exit, VcpuExit::Io(_)), "{exit:?}"));
+}
+
+#[test]
+fn out_of_a_halt_in_the_kernel() {
+    let (vm, _memory) = vm_with(&[0xf4, 0xeb, 0xfd], 1); // hlt; jmp back
+    vm.create_irqchip().unwrap();
+    let vcpu = vm.create_vcpu(0).unwrap();
+    begin(&vcpu, CODE);
+    storm(vcpu, |_, exit| panic!("unexpected {exit:?}"));
+}
+
+#[test]
+fn out_of_waiting_to_be_started() {
+    let (vm, _memory) = vm_with(&[0xf4], 1);
+    vm.create_irqchip().unwrap();
+    let _boot = vm.create_vcpu(0).unwrap();
+    let waiting = vm.create_vcpu(1).unwrap();
+    waiting.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_UNINITIALIZED }).unwrap();
+    storm(waiting, |_, exit| panic!("unexpected {exit:?}"));
+}
+
+#[test]
+fn before_the_run_and_once_for_several() {
+    let (_vm, mut vcpu, _) = real_mode(&[0xf4]);
+    let kick = vcpu.kicker();
+    for _ in 0..3 {
+        kick.kick().unwrap();
+    }
+    assert_eq!(vcpu.run().unwrap(), VcpuExit::Interrupted);
+    assert_eq!(vcpu.regs().unwrap().rip, CODE, "no instruction ran");
+    assert_eq!(vcpu.run().unwrap(), VcpuExit::Hlt);
+}
+
+#[test]
+fn from_many_threads_at_once() {
+    let (_vm, mut vcpu, _) = real_mode(&[0xeb, 0xfe]); // jmp $
+    let (kick, done) = (vcpu.kicker(), AtomicU32::new(0));
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..1000 {
+                    kick.kick().unwrap();
+                }
+                done.fetch_add(1, Ordering::SeqCst);
+                kick.kick().unwrap();
+            });
+        }
+        while done.load(Ordering::SeqCst) < 4 {
+            assert_eq!(vcpu.run().unwrap(), VcpuExit::Interrupted);
+        }
+    });
+}
+
+#[test]
+fn a_vcpu_may_move_between_threads() {
+    let (_vm, mut vcpu, _) = real_mode(&[0xeb, 0xfe]); // jmp $
+    let kick = vcpu.kicker();
+    for _ in 0..20 {
+        thread::scope(|scope| {
+            let runner = scope.spawn(|| vcpu.run().unwrap());
+            kick.kick().unwrap();
+            assert_eq!(runner.join().unwrap(), VcpuExit::Interrupted);
+        });
+    }
+}
+
+#[test]
+fn a_vcpu_that_is_gone_is_no_error() {
+    let (vm, vcpu, _) = real_mode(&[0xf4]);
+    let kick = vcpu.kicker();
+    drop(vcpu);
+    kick.kick().unwrap();
+    drop(vm);
+    kick.kick().unwrap();
+}
+
+#[test]
+fn kicking_can_be_prepared_more_than_once() {
+    let kvm = common::kvm();
+    kvm.install_kick().unwrap();
+    kvm.install_kick().unwrap();
+}
