@@ -1,14 +1,18 @@
-//! Guest memory for KVM: from a number of bytes to memory slots, over vm-memory.
+//! Guest memory for KVM: RAM over vm-memory, memory slots, ioeventfds.
 
+mod ioevent;
 mod layout;
 mod mapping;
 mod ram;
 mod range;
+mod slot;
 
+pub use ioevent::{IoEventError, IoEventHandle, IoEventMatch, IoEventRegistry};
 pub use layout::{LayoutError, RamLayout};
 pub use mapping::{MapError, Mapping};
 pub use ram::{GuestRam, RamError};
 pub use range::GuestRange;
+pub use slot::{NewSlot, Slot, SlotError, SlotInfo, SlotLimits, SlotManager, VcpusPaused};
 
 /// Bytes of a page of the host: what slots and their memory are aligned to.
 #[must_use]
