@@ -157,6 +157,10 @@ fn follow(
         if let Some(end) = limit.and_then(Limit::reached) {
             kill_group(child);
             child.wait().map_err(End::Wait)?;
+            // What it printed last: a test that hangs has printed its name, without a line end.
+            while let Ok(line) = lines.recv_timeout(TICK) {
+                on(Event::Line(&line));
+            }
             return Err(end);
         }
     }
@@ -252,17 +256,40 @@ mod tests {
     }
 
     #[test]
+    fn a_process_that_outlives_a_limited_command_does_not_keep_it_waiting() {
+        let limit = Some(Duration::from_secs(600));
+        let start = Instant::now();
+        stream(&mut sh("sleep 1000 & true"), Read::Stdout, limit, |_| {}).unwrap();
+        assert!(start.elapsed() < Duration::from_secs(300));
+    }
+
+    #[test]
     fn a_time_limit_ends_the_command_and_what_it_started() {
         let dir = tempfile::tempdir().unwrap();
         let pid = dir.path().join("pid");
-        let script = format!("sleep 1000 & echo $! > {0}.new; mv {0}.new {0}; wait", pid.display());
+        let script =
+            format!("sleep 1000 & echo $! > {}; printf 'test hangs ... '; wait", pid.display());
         // Long enough that the file is there; the command would run for much longer.
         let limit = Some(Duration::from_secs(3));
-        let error = stream(&mut sh(&script), Read::Stdout, limit, |_| {}).unwrap_err();
+        let mut last = String::new();
+        let error = stream(&mut sh(&script), Read::Stdout, limit, |event| {
+            if let Event::Line(line) = event {
+                line.clone_into(&mut last);
+            }
+        });
+        let error = error.unwrap_err();
         assert!(matches!(error, Error::TimeLimit { .. }), "{error}");
+        assert_eq!(last, "test hangs ... ");
         let pid = std::fs::read_to_string(&pid).unwrap();
-        // Killed: gone, or a zombie until its new parent has waited for it.
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
-        assert!(stat.is_err() || stat.unwrap().contains(") Z "), "sleep {pid} still runs");
+        // Killed: soon gone, or a zombie until its new parent has waited for it.
+        let running = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+            stat.is_ok_and(|stat| !stat.contains(") Z "))
+        };
+        let start = Instant::now();
+        while running() {
+            assert!(start.elapsed() < Duration::from_secs(300), "sleep {pid} still runs");
+            thread::sleep(TICK);
+        }
     }
 }

@@ -52,7 +52,7 @@ impl Target {
     /// `cargo <verb>` for this target alone.
     pub(crate) fn command(&self, verb: &str) -> Command {
         let mut command = cargo();
-        command.args([verb, "--quiet", "--package", &self.package]);
+        command.args([verb, "--package", &self.package]);
         command.args([if self.example { "--example" } else { "--test" }, &self.name]);
         if !self.features.is_empty() {
             command.args(["--features", &self.features.join(",")]);
@@ -115,7 +115,7 @@ mod tests {
         assert!(target.needs_kvm);
         assert_eq!(
             crate::process::shown(&target.command("test")).split_once(" test ").unwrap().1,
-            "--quiet --package hv-kvm --test kvm_vm --features kvm-tests"
+            "--package hv-kvm --test kvm_vm --features kvm-tests"
         );
         assert!(!classify("hv-irq", "commit", &[], false).unwrap().needs_kvm);
     }
