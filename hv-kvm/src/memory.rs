@@ -66,8 +66,8 @@ impl MemoryBackend for KvmVm {
         //   `Arc` to it exists, and `slot` is borrowed during this call. If the call succeeds a
         //   clone goes into the map. It leaves the map only when KVM has replaced or deleted the
         //   slot, or together with the map, which `VmInner` drops after the VM descriptor; every
-        //   vCPU descriptor and mapping holds that `VmInner`, and a vCPU descriptor is needed to
-        //   run guest code.
+        //   vCPU descriptor and mapping holds that `VmInner`, and only a vCPU descriptor runs guest
+        //   code. (Descriptors a forked process inherits don't: KVM binds a VM to its process.)
         // - If the call fails, KVM uses what it used before, which the map still holds.
         unsafe { self.fd().set_user_memory_region(region) }
             .map_err(|error| refused(raw::errno(error)))?;

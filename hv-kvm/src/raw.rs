@@ -70,8 +70,10 @@ fn owned(fd: RawFd) -> OwnedFd {
 
 /// A new close-on-exec descriptor for what the number `fd` refers to (`F_DUPFD_CLOEXEC`).
 pub(crate) fn duplicate(fd: RawFd) -> Result<OwnedFd, Errno> {
-    // SAFETY: F_DUPFD_CLOEXEC takes a number and changes nothing about the descriptor `fd`.
-    checked(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) }).map(owned)
+    // Never one of the numbers of standard input, output and error, should they be closed.
+    let lowest = libc::STDERR_FILENO + 1;
+    // SAFETY: F_DUPFD_CLOEXEC takes numbers and changes nothing about the descriptor `fd`.
+    checked(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, lowest) }).map(owned)
 }
 
 /// An eventfd, close-on-exec and non-blocking.

@@ -233,3 +233,19 @@ impl Vcpu for KvmVcpu {
         raw::tsc_khz(&self.fd).map_err(|errno| self.error(Ioctl::GetTscKhz, errno))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Kvm, KvmVm};
+
+    #[test]
+    fn what_may_be_shared_and_sent() {
+        fn send<T: Send>() {}
+        fn share<T: Send + Sync>() {}
+        send::<KvmVcpu>();
+        share::<Kvm>();
+        share::<KvmVm>();
+        share::<KvmKick>();
+    }
+}

@@ -11,6 +11,7 @@
 mod common;
 
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use common::{CODE, begin, real_mode, vm_with, wait_for};
@@ -22,6 +23,9 @@ const KICKS: u32 = 10_000;
 
 /// Kicks `vcpu` `KICKS` times from another thread, each time after the last one was noticed.
 fn storm(mut vcpu: KvmVcpu, mut other_exit: impl FnMut(&mut KvmVcpu, VcpuExit) + Send) {
+    // Two threads that wait for each other at a time: more only take the CPUs from one another.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     // Relaxed: that the kick makes the request visible is part of what is tested.
     let (requested, noticed) = (AtomicU32::new(0), AtomicU32::new(0));
     let kick = vcpu.kicker();
