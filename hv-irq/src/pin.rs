@@ -1,20 +1,24 @@
-//! A legacy line of the kernel's interrupt controllers with an eventfd that raises it.
+//! A legacy line of the kernel's interrupt controllers, raised by an eventfd.
+//!
+//! The routes of a line are the machine's: nothing here changes the table.
 
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Weak};
 
-use hv_core::{Gsi, IrqBackend};
+use hv_core::{Gsi, IrqBackend, RouteTarget};
 
 use crate::router::Shared;
 use crate::state::Op;
-use crate::{IrqRouter, LEGACY_GSIS, LegacyPins, RouterError};
+use crate::{IrqRouter, RouterError};
 
 /// An eventfd that raises a legacy line, edge-triggered: each write is one interrupt.
 ///
-/// Dropping it unbinds the eventfd. The line's routes stay: they are the machine's.
+/// Dropping it unbinds the eventfd. If KVM refuses, the router keeps the eventfd open and tries again
+/// with its next commit.
 pub struct PinIrqfd<V: IrqBackend> {
     gsi: Gsi,
+    event: Arc<OwnedFd>,
     router: Weak<Shared<V>>,
 }
 
@@ -35,33 +39,31 @@ impl<V: IrqBackend> fmt::Debug for PinIrqfd<V> {
 impl<V: IrqBackend> Drop for PinIrqfd<V> {
     fn drop(&mut self) {
         if let Some(router) = self.router.upgrade() {
-            // If KVM refuses, the ledger keeps the binding, and with it the eventfd.
-            let _ = router.state().commit(&*router.vm, &[Op::Unbind(self.gsi)]);
+            router.state().release_irqfd(&*router.vm, self.event.as_raw_fd());
         }
     }
 }
 
 impl<V: IrqBackend> IrqRouter<V> {
-    /// Lets an eventfd raise a line of the kernel's interrupt controllers, without a change to the
-    /// routing table.
+    /// Lets an eventfd raise a line of the kernel's interrupt controllers (`KVM_IRQFD`). Several
+    /// eventfds may raise the same line.
     ///
     /// # Errors
-    /// There is no such line in the kernel, the line has an eventfd already, or KVM refuses.
+    /// There is no such line in the kernel, the eventfd is bound already, or KVM refuses.
     pub fn bind_pin(&self, gsi: Gsi, event: Arc<OwnedFd>) -> Result<PinIrqfd<V>, RouterError> {
         let mut state = self.shared.state();
-        let in_kernel = self.config().pins == LegacyPins::Kernel && LEGACY_GSIS.contains(&gsi.0);
-        if !in_kernel || state.table.targets(gsi).next().is_none() {
+        if !state.table.targets(gsi).any(|target| matches!(target, RouteTarget::Pin { .. })) {
             return Err(RouterError::NoKernelLine(gsi));
         }
-        state.commit(&*self.shared.vm, &[Op::Bind(gsi, event)])?;
-        Ok(PinIrqfd { gsi, router: Arc::downgrade(&self.shared) })
+        state.commit(&*self.shared.vm, &[Op::Bind(gsi, Arc::clone(&event))])?;
+        Ok(PinIrqfd { gsi, event, router: Arc::downgrade(&self.shared) })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::RouterConfig;
+    use crate::{LegacyPins, RouterConfig};
     use hv_core::mock::MockVm;
     use hv_core::{Errno, Error, Ioctl};
     use std::fs::File;
@@ -90,9 +92,41 @@ mod tests {
         let router = router(LegacyPins::Kernel, vm);
         let pin = router.bind_pin(Gsi(4), event()).unwrap();
         assert_eq!(router.irqfds().len(), 1);
-        let second = router.bind_pin(Gsi(4), event()).unwrap_err();
-        assert!(matches!(second, RouterError::RouteBound { gsi: Gsi(4), .. }), "{second}");
         drop(pin);
+        assert!(router.irqfds().is_empty());
+    }
+
+    #[test]
+    fn a_line_may_be_shared_but_an_eventfd_raises_one() {
+        let mut vm = vm(1);
+        vm.expect_irqfd_assign().times(2).returning(|_| Ok(()));
+        vm.expect_irqfd_deassign().times(2).returning(|_, _| Ok(()));
+        let router = router(LegacyPins::Kernel, vm);
+        let (first, second) = (event(), event());
+        let one = router.bind_pin(Gsi(10), first.clone()).unwrap();
+        let other = router.bind_pin(Gsi(10), second).unwrap();
+        let again = router.bind_pin(Gsi(11), first.clone()).unwrap_err();
+        assert_eq!(again, RouterError::EventInUse { fd: first.as_raw_fd(), gsi: Gsi(10) });
+        drop(one);
+        assert_eq!(router.irqfds().len(), 1, "the other one is still bound");
+        drop(other);
+    }
+
+    #[test]
+    fn what_could_not_be_unbound_is_tried_again() {
+        let mut vm = vm(1);
+        let failure = Error::new(Ioctl::Irqfd, Errno::ENOMEM);
+        vm.expect_irqfd_assign().times(2).returning(|_| Ok(()));
+        vm.expect_irqfd_deassign().once().returning(move |_, _| Err(failure));
+        vm.expect_irqfd_deassign().times(2).returning(|_, _| Ok(()));
+        let router = router(LegacyPins::Kernel, vm);
+        let abandoned = event();
+        drop(router.bind_pin(Gsi(4), abandoned.clone()).unwrap());
+        assert_eq!(router.irqfds().len(), 1, "KVM still has it");
+        assert_eq!(Arc::strong_count(&abandoned), 2, "so it is kept open");
+        let next = router.bind_pin(Gsi(5), event()).unwrap();
+        assert_eq!(Arc::strong_count(&abandoned), 1);
+        drop(next);
         assert!(router.irqfds().is_empty());
     }
 

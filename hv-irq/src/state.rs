@@ -23,10 +23,12 @@ pub(crate) enum Op {
     Add(Route),
     /// Removes all a GSI leads to.
     Clear(Gsi),
-    /// Binds an eventfd to a GSI that has none.
+    /// Binds an eventfd to a GSI; only a legacy one may have several.
     Bind(Gsi, Arc<OwnedFd>),
     /// Unbinds all eventfds of a GSI.
     Unbind(Gsi),
+    /// Unbinds an eventfd.
+    UnbindEvent(RawFd),
 }
 
 #[derive(Debug)]
@@ -36,8 +38,10 @@ pub(crate) struct State {
     pub(crate) irqfds: Ledger,
     /// Entries of the table that are kept for the legacy GSIs.
     legacy_entries: u32,
-    /// GSIs whose owner is gone but which KVM would not let go of. Each commit tries again.
+    /// GSIs and irqfds whose owner is gone but which KVM would not let go of. Each commit tries
+    /// again.
     abandoned: BTreeSet<Gsi>,
+    abandoned_irqfds: BTreeSet<RawFd>,
 }
 
 /// What a batch changed, with what was there before.
@@ -49,8 +53,14 @@ struct Change {
 
 impl State {
     pub(crate) fn new(gsis: GsiBitmap, table: RoutingTable, legacy_entries: u32) -> Self {
-        let irqfds = Ledger::default();
-        Self { gsis, table, irqfds, legacy_entries, abandoned: BTreeSet::new() }
+        Self {
+            gsis,
+            table,
+            irqfds: Ledger::default(),
+            legacy_entries,
+            abandoned: BTreeSet::new(),
+            abandoned_irqfds: BTreeSet::new(),
+        }
     }
 
     /// Takes a GSI, and with it the table entry its route will need. This is where both limits are
@@ -70,7 +80,15 @@ impl State {
             Err(_) => false,
         };
         if !released {
+            self.abandoned_irqfds.extend(self.irqfds.of(gsi));
             self.abandoned.insert(gsi);
+        }
+    }
+
+    /// Unbinds an eventfd whose owner is gone. If KVM refuses, a later commit tries again.
+    pub(crate) fn release_irqfd<V: IrqBackend>(&mut self, vm: &V, fd: RawFd) {
+        if self.commit(vm, &[Op::UnbindEvent(fd)]).is_err() {
+            self.abandoned_irqfds.insert(fd);
         }
     }
 
@@ -100,14 +118,15 @@ impl State {
 
     /// Tries again to unbind what is abandoned, and clears the routes of what has no irqfd left.
     fn reap<V: IrqBackend>(&mut self, vm: &V, change: &mut Change) -> Vec<Gsi> {
+        for fd in std::mem::take(&mut self.abandoned_irqfds) {
+            let Some(gsi) = self.irqfds.get(fd).map(|binding| binding.gsi) else { continue };
+            match vm.irqfd_deassign(fd, gsi) {
+                Ok(()) => drop(self.irqfds.put(fd, None)),
+                Err(_) => drop(self.abandoned_irqfds.insert(fd)),
+            }
+        }
         let mut reaped = Vec::new();
         for &gsi in &self.abandoned {
-            let fds: Vec<RawFd> = self.irqfds.of(gsi).collect();
-            for fd in fds {
-                if vm.irqfd_deassign(fd, gsi).is_ok() {
-                    self.irqfds.put(fd, None);
-                }
-            }
             if self.irqfds.of(gsi).next().is_none() {
                 let before = self.table.put(gsi, Targets::None);
                 change.routes.insert(gsi, before);
@@ -138,7 +157,9 @@ impl State {
                 if let Some(bound) = self.irqfds.get(fd) {
                     return Err(RouterError::EventInUse { fd, gsi: bound.gsi });
                 }
-                if let Some(fd) = self.irqfds.of(gsi).next() {
+                if let Some(fd) = self.irqfds.of(gsi).next()
+                    && !self.gsis.is_reserved(gsi)
+                {
                     return Err(RouterError::RouteBound { gsi, fd });
                 }
                 self.put_irqfd(fd, Some(Binding { gsi, event: Arc::clone(event) }), change);
@@ -149,6 +170,7 @@ impl State {
                     self.put_irqfd(fd, None, change);
                 }
             }
+            Op::UnbindEvent(fd) => self.put_irqfd(*fd, None, change),
         }
         Ok(())
     }
