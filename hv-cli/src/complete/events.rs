@@ -1,9 +1,9 @@
 //! INT3, INT n, INTO and INT1: delivery through the guest's IDT.
 //!
-//! Intel SDM volume 3, sections 7.12 (protected mode) and 7.14 (64-bit mode), and 22.1.4 (real
-//! mode). Delivered by hand rather than queued in KVM: KVM would take the vector for an
-//! exception whose instruction is yet to be skipped, on some processors and not on others. Not done here: task
-//! gates, virtual-8086 mode, shadow stacks, FRED.
+//! Intel SDM volume 3, "Exception and Interrupt Handling", "Interrupt and Exception Handling in
+//! 64-bit Mode" and, for real mode, "8086 Emulation". Delivered by hand rather than queued in KVM,
+//! which on some processors skips the instruction at RIP when it injects #BP, and has no way to
+//! inject INT n. Not done here: task gates, virtual-8086 mode, shadow stacks, FRED.
 
 use kvm_bindings::kvm_segment;
 use vm_memory::GuestMemoryBackend;

@@ -1,8 +1,10 @@
 //! x87 control: FWAIT, FNCLEX, FNINIT, EMMS.
 //!
-//! Control state only, no arithmetic (Intel SDM volume 1, chapter 8), and nothing of SSE: MXCSR is not
-//! reliable in `KVM_GET_FPU`, nor written by `KVM_SET_FPU`, while the host keeps SSE state
-//! in its initial configuration. The x87 fields are set right either way.
+//! Control state only, no arithmetic (Intel SDM volume 1, chapter 8). While the host keeps a state
+//! component in its initial configuration, `KVM_GET_FPU` may show older values of it and
+//! `KVM_SET_FPU` does not change it. So nothing here touches SSE (MXCSR), and what is done to x87
+//! leaves an initial state initial: a write that is lost is no loss. FWAIT and EMMS can be misled
+//! by an old exception of a guest that has since executed FNINIT.
 
 use iced_x86::{Instruction, Mnemonic};
 use kvm_bindings::kvm_fpu;

@@ -1,7 +1,7 @@
 //! Guest memory by segment and offset, or by linear address.
 //!
-//! Segment checks as in Intel SDM volume 3, sections 6.3 to 6.5 and 4.3; pages are `paging`'s
-//! business. An access that crosses a page is checked on both before either is touched.
+//! Segment checks as in Intel SDM volume 3, "Limit Checking" and "Type Checking"; pages are
+//! `paging`'s business. An access that crosses a page is checked on both before either is touched.
 
 use iced_x86::Register;
 use kvm_bindings::kvm_segment;

@@ -1,12 +1,15 @@
 //! Completes instructions that this host's KVM can't run.
 //!
-//! KVM runs some guest code by an emulator: all of it at CPL 0 on nested software KVM, MMIO and real mode elsewhere. An
-//! instruction the emulator lacks ends in `KVM_EXIT_INTERNAL_ERROR` with the sub-error
+//! KVM runs some guest code by an emulator: all of it at CPL 0 on nested software KVM, MMIO and
+//! sometimes real mode elsewhere. An instruction the emulator lacks ends in
+//! `KVM_EXIT_INTERNAL_ERROR` with the sub-error
 //! [`INTERNAL_ERROR_EMULATION`](hv_core::INTERNAL_ERROR_EMULATION) and usually the instruction's
-//! bytes. [`Completer::complete`] decodes it and does what the processor would have done: registers, flags, memory, exceptions.
+//! bytes. [`Completer::complete`] decodes it and does what the processor would have done to
+//! registers, flags and memory, exceptions included.
 //!
-//! One instruction per call, in bounded time, and all or nothing: what can't be done exactly is left
-//! alone and said ([`NotCompleted`]). It must not run the vCPU, nor guess.
+//! One instruction per call, in bounded time, and all or nothing: what can't be done exactly is
+//! left alone and said ([`NotCompleted`]). It must not run the vCPU, nor guess. Whether the guest's
+//! CPUID has the instruction is not looked at: a KVM that emulates may show the guest the host's.
 
 mod atomic;
 mod bits;
@@ -61,9 +64,9 @@ pub struct Completer {
 }
 
 impl Completer {
-    /// Completes the instruction at CS:RIP of a vCPU that has just stopped with an emulation failure.
-    /// `bytes` are the first bytes of the instruction, as far as they are known; what is missing
-    /// is read from guest memory. The vCPU can be run again afterwards.
+    /// Completes the instruction at CS:RIP of a vCPU that has just stopped with an emulation
+    /// failure. `bytes` are the first bytes of the instruction, as far as they are known; what is
+    /// missing is read from guest memory. The vCPU can be run again afterwards.
     ///
     /// # Errors
     /// [`NotCompleted`] says why not. The vCPU is as before then, unless a call that changes
@@ -232,6 +235,9 @@ fn raise<C: Cpu>(
 
 #[cfg(test)]
 mod tests {
+    use hv_core::mock::MockVcpu;
+    use hv_core::{Errno, Error, Ioctl};
+
     use super::testing::{CODE, Guest, SharedCpu, long_mode, protected_mode, real_mode};
     use super::*;
 
@@ -333,6 +339,18 @@ mod tests {
         guest.cpu.regs.rip = 0xffff_ffff;
         assert_eq!(guest.complete(NOP_LIKE), Ok(Completed::Normally));
         assert_eq!(guest.cpu.regs.rip, 0);
+    }
+
+    #[test]
+    fn a_call_that_fails_is_named() {
+        let failed = Error::new(Ioctl::GetSregs, Errno::EIO);
+        let mut vcpu = MockVcpu::new();
+        vcpu.expect_vcpu_events().return_const(Ok(kvm_vcpu_events::default()));
+        vcpu.expect_regs().return_const(Ok(kvm_regs::default()));
+        vcpu.expect_sregs().return_const(Err(failed));
+        let guest = Guest::new(long_mode());
+        let result = Completer::default().complete(&vcpu, &guest.memory, NOP_LIKE);
+        assert_eq!(result, Err(NotCompleted::Hypervisor(failed)));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The guest's page tables, walked as the processor does (Intel SDM volume 3, chapter 5).
+//! The guest's page tables, walked as the processor does (Intel SDM volume 3, "Paging").
 //!
 //! Checks permissions, gives the page fault with its error code, and sets accessed and dirty bits
 //! atomically, because other vCPUs use the same tables meanwhile. It knows nothing of
@@ -37,7 +37,7 @@ pub(super) enum Kind {
     Fetch,
 }
 
-/// On whose behalf (Intel SDM volume 3, section 5.6).
+/// On whose behalf (Intel SDM volume 3, "Access Rights").
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Privilege {
     /// CPL 3.
@@ -245,7 +245,8 @@ impl<M: GuestMemoryBackend> Machine<'_, M> {
         if allowed { Ok(()) } else { Err(self.page_fault(linear, access, 1).into()) }
     }
 
-    /// #PF; `code` holds its P and RSVD bits (Intel SDM volume 3, section 5.7).
+    /// #PF; `code` holds its P and RSVD bits (Intel SDM volume 3,
+    /// "Page-Fault Exceptions").
     fn page_fault(&self, linear: u64, access: Access, mut code: u32) -> Fault {
         if access.kind == Kind::Write {
             code |= 1 << 1;

@@ -30,8 +30,8 @@ pub enum NotCompleted {
     Hypervisor(#[from] hv_core::Error),
 }
 
-/// An exception for the guest (Intel SDM volume 3, section 7.15). The error code is left out when
-/// it is delivered in real mode, which has none.
+/// An exception for the guest (Intel SDM volume 3, "Exception and Interrupt Reference"). The error
+/// code is left out when it is delivered in real mode, which has none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Fault {
     /// The vector.
@@ -42,7 +42,7 @@ pub(super) struct Fault {
     pub(super) cr2: Option<u64>,
 }
 
-/// Vectors (Intel SDM volume 3, table 7-1).
+/// Vectors (Intel SDM volume 3, "Exception and Interrupt Vectors").
 pub(super) mod vector {
     pub(in crate::complete) const DB: u8 = 1;
     pub(in crate::complete) const BP: u8 = 3;

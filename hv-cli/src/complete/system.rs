@@ -47,8 +47,8 @@ impl<M: GuestMemoryBackend> Machine<'_, M> {
         if self.sregs.cr4 & cr4::OSXSAVE == 0 {
             return Err(Fault::UD.into());
         }
-        // ECX = 1 asks for XCR0 & XINUSE; a processor may take every component for in use (Intel SDM
-        // volume 1, section 13.6).
+        // ECX = 1 asks for XCR0 & XINUSE; a processor may take every component for in use (Intel
+        // SDM volume 1, section 13.6).
         if self.regs.rcx as u32 > 1 {
             return Err(Fault::gp(0).into());
         }
@@ -99,8 +99,8 @@ impl<M: GuestMemoryBackend> Machine<'_, M> {
         Ok(())
     }
 
-    /// CLWB and CLFLUSHOPT: guest memory is coherent, so all that is left is the check of the address,
-    /// which may also be executable-only.
+    /// CLWB and CLFLUSHOPT: guest memory is coherent, so all that is left is the check of the
+    /// address, which may also be executable-only.
     fn touch_line(&mut self, i: &Instruction) -> Result<(), Stop> {
         let offset = self.offset(i, 0)?;
         let linear = match self.mode() {
