@@ -73,6 +73,7 @@ impl Cache {
         let entry = self.root.join(name);
         remove(&entry)?;
         io("renaming", &filled, fs::rename(&filled, &entry))?;
+        anstream::eprintln!("guest: {} is ready; clearing up", entry.display());
         remove(&scratch)?;
         Ok(entry)
     }
