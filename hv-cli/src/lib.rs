@@ -4,9 +4,21 @@
 //! memory, hv-irq its interrupts, and hv-kvm does it all over `/dev/kvm`. Everything here is generic
 //! over [`hv_core::Hypervisor`], so it is tested without hardware.
 
+pub mod acpi;
+pub mod cli;
 pub mod complete;
+pub mod config;
+pub mod console;
+mod device;
 pub mod devices;
+pub mod doctor;
+pub mod event;
 pub mod exit_code;
+pub mod guest;
 pub mod layout;
+pub mod loader;
 pub mod machine;
+mod output;
+pub mod probe;
+pub mod run;
 pub mod terminal;

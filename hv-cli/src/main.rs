@@ -1,3 +1,7 @@
 //! The `hv` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::from(hv_cli::cli::main(std::env::args_os()))
+}

@@ -32,12 +32,12 @@ impl Device for DebugExit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+    use crate::event::Event;
 
     #[test]
     fn any_width_ends_the_machine_with_its_value() {
         for (data, value) in [(&[0x10][..], 0x10), (&[1, 2], 0x201), (&[1, 2, 3, 4], 0x0403_0201)] {
-            let stopper = Stopper::new(EventFd::new(EFD_NONBLOCK).unwrap());
+            let stopper = Stopper::new(Event::new().unwrap());
             DebugExit::new(stopper.clone()).write(0, data);
             assert_eq!(stopper.reason(), Some(&StopReason::DebugExit { value }));
         }

@@ -53,11 +53,11 @@ impl Device for I8042 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+    use crate::event::Event;
 
     #[test]
     fn only_the_reset_command_resets() {
-        let stopper = Stopper::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let stopper = Stopper::new(Event::new().unwrap());
         let mut i8042 = I8042::new(stopper.clone());
         i8042.write(DATA, &[0xfe]);
         i8042.write(COMMAND, &[0xd1]);
@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn the_output_buffer_is_empty() {
-        let stopper = Stopper::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let stopper = Stopper::new(Event::new().unwrap());
         let mut i8042 = I8042::new(stopper);
         let mut status = [0xff];
         i8042.read(COMMAND, &mut status);

@@ -88,10 +88,10 @@ impl Device for ResetPort {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+    use crate::event::Event;
 
     fn stopper() -> Stopper {
-        Stopper::new(EventFd::new(EFD_NONBLOCK).unwrap())
+        Stopper::new(Event::new().unwrap())
     }
 
     #[test]

@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::EdgeIrq;
+use crate::event::Event;
 use crate::machine::bus::Device;
 
 struct Irq(Arc<dyn EdgeIrq>);
@@ -26,15 +26,14 @@ impl Trigger for Irq {
 }
 
 /// Tells the input side that the guest has read all there was.
-struct Drained(EventFd);
+struct Drained(Event);
 
 impl SerialEvents for Drained {
     fn buffer_read(&self) {}
     fn out_byte(&self) {}
     fn tx_lost_byte(&self) {}
     fn in_buffer_empty(&self) {
-        // Fails only when the counter is full, and then it is readable already.
-        let _ = self.0.write(1);
+        self.0.signal();
     }
 }
 
@@ -46,7 +45,7 @@ pub struct Com1<W: Write> {
 
 impl<W: Write> Com1<W> {
     /// A port that raises `irq`, sends to `out`, and signals `drained` when all input was read.
-    pub fn new(irq: Arc<dyn EdgeIrq>, drained: EventFd, out: W) -> Self {
+    pub fn new(irq: Arc<dyn EdgeIrq>, drained: Event, out: W) -> Self {
         Self { serial: Serial::with_events(Irq(irq), Drained(drained), out), lost: 0 }
     }
 
@@ -84,7 +83,6 @@ mod tests {
     use super::*;
     use std::io;
     use std::sync::atomic::{AtomicU32, Ordering};
-    use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     #[derive(Default)]
     struct Line(AtomicU32);
@@ -99,10 +97,10 @@ mod tests {
     const IER: u64 = 1;
     const LSR: u64 = 5;
 
-    fn port<W: Write>(out: W) -> (Com1<W>, Arc<Line>, EventFd) {
+    fn port<W: Write>(out: W) -> (Com1<W>, Arc<Line>, Event) {
         let line = Arc::new(Line::default());
-        let drained = EventFd::new(EFD_NONBLOCK).unwrap();
-        (Com1::new(line.clone(), drained.try_clone().unwrap(), out), line, drained)
+        let drained = Event::new().unwrap();
+        (Com1::new(line.clone(), drained.clone(), out), line, drained)
     }
 
     #[test]
@@ -126,10 +124,10 @@ mod tests {
         assert_eq!(byte[0] & 1, 1, "data ready");
         com1.read(DATA, &mut byte);
         assert_eq!(&byte, b"h");
-        assert!(drained.read().is_err(), "one byte is left");
+        assert!(drained.take().is_none(), "one byte is left");
         com1.read(DATA, &mut byte);
         assert_eq!(&byte, b"i");
-        assert_eq!(drained.read().unwrap(), 1);
+        assert_eq!(drained.take(), Some(1));
     }
 
     #[test]

@@ -1,8 +1,179 @@
 //! A running virtual machine: its buses, its vCPU threads and how it stops.
 
+pub mod build;
+mod built_in;
 pub mod bus;
 pub mod cpu;
 pub mod crash;
 pub mod exits;
+mod interrupts;
 pub mod stop;
 pub mod vcpu;
+
+use std::fmt;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use hv_core::init::Record;
+use hv_core::{Errno, Hypervisor, Vm};
+
+use crate::complete::Counts;
+use crate::console::Console;
+use crate::exit_code::StopReason;
+use crate::guest::{self, Checks};
+use crate::terminal::TerminalError;
+use crash::CrashReport;
+use exits::ExitCounts;
+use interrupts::Interrupts;
+use stop::Stopper;
+use vcpu::VcpuThread;
+
+/// A machine that is ready to run. Its parts go in the order of its fields: vCPUs before what they
+/// use, the hypervisor last.
+pub struct Machine<H: Hypervisor> {
+    vcpus: Vec<VcpuThread<<H::Vm as Vm>::Vcpu>>,
+    console: Console,
+    checks: Option<Checks>,
+    stopper: Stopper,
+    interrupts: Interrupts<H::Vm>,
+    record: Record,
+    /// Last: a VM goes before its hypervisor.
+    _hypervisor: H,
+}
+
+/// Why a machine that was ready could not be run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RunError {
+    /// No thread for a vCPU.
+    #[error("can't start a thread for vCPU {vcpu}: {errno}")]
+    Thread {
+        /// The vCPU.
+        vcpu: u32,
+        /// Why.
+        errno: Errno,
+    },
+    /// The terminal can't be used.
+    #[error(transparent)]
+    Terminal(#[from] TerminalError),
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Why.
+    pub reason: StopReason,
+    /// The exits of all vCPUs.
+    pub exits: ExitCounts,
+    /// Accesses to ports and addresses where there is nothing.
+    pub unclaimed: u64,
+    /// The instructions completed for all vCPUs.
+    pub completed: Counts,
+    /// What the vCPUs left that could not go on.
+    pub crashes: Vec<CrashReport>,
+    /// Bytes the guest sent to the serial port that could not be written.
+    pub lost_output: u64,
+}
+
+impl<H> Machine<H>
+where
+    H: Hypervisor,
+    H::Vm: Send + Sync + 'static,
+    <H::Vm as Vm>::Vcpu: 'static,
+{
+    /// What the machine can do.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// The checks of the built-in guest, if that is what runs.
+    pub fn checks(&self) -> Option<&Checks> {
+        self.checks.as_ref()
+    }
+
+    /// How long the guest may take, if there is a limit.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.checks.as_ref().map(|_| guest::DEADLINE)
+    }
+
+    /// Runs the machine until it stops. `serve` is the main thread's work meanwhile; if it
+    /// returns before the machine has stopped, the machine is stopped.
+    ///
+    /// # Errors
+    /// A thread can't be started, or what `serve` returns. The machine is then stopped.
+    pub fn run(
+        self,
+        serve: impl FnOnce(&Console) -> Result<(), TerminalError>,
+    ) -> Result<Outcome, RunError> {
+        let Self { vcpus, console, stopper, interrupts, .. } = self;
+        let outside = vcpus.first().map(|vcpu| vcpu.outside.clone());
+        let mut threads = Vec::new();
+        let mut result = Ok(());
+        for (id, vcpu) in (0..).zip(vcpus) {
+            match vcpu.spawn() {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    result = Err(RunError::Thread { vcpu: id, errno: Errno::from(&error) });
+                    break;
+                }
+            }
+        }
+        if result.is_ok() {
+            result = serve(&console).map_err(RunError::Terminal);
+        }
+        // Only counts if nobody stopped it for a reason.
+        stopper.stop(StopReason::UserQuit);
+        let mut outcome = Outcome {
+            reason: stopper.reason().cloned().unwrap_or(StopReason::UserQuit),
+            exits: ExitCounts::default(),
+            unclaimed: 0,
+            completed: Counts::default(),
+            crashes: Vec::new(),
+            lost_output: 0,
+        };
+        for thread in threads {
+            // One that unwound has said so by the reason.
+            if let Ok(report) = thread.join() {
+                outcome.exits.merge(&report.exits);
+                outcome.completed.merge(&report.completed.unwrap_or_default());
+                outcome.crashes.extend(report.crash.map(|crash| *crash));
+            }
+        }
+        outcome.unclaimed = outside.map_or(0, |o| o.ports.unclaimed() + o.memory.unclaimed());
+        outcome.lost_output = console.com1.lock().unwrap_or_else(PoisonError::into_inner).lost();
+        drop(interrupts);
+        result.map(|()| outcome)
+    }
+}
+
+impl Outcome {
+    /// What happened on the way, in one clause.
+    pub fn summary(&self) -> impl fmt::Display {
+        std::fmt::from_fn(|f| {
+            write!(f, "{} exits", self.exits.total())?;
+            list(f, self.exits.iter().map(|(name, n)| (n, name.to_owned())))?;
+            if self.unclaimed > 0 {
+                write!(f, ", {} of them where there is no device", self.unclaimed)?;
+            }
+            match self.completed.total() {
+                0 => {}
+                1 => write!(f, "; 1 instruction completed")?,
+                n => write!(f, "; {n} instructions completed")?,
+            }
+            list(f, self.completed.iter().map(|(name, n)| (n, name)))?;
+            match self.lost_output {
+                0 => Ok(()),
+                n => write!(f, "; {n} bytes of serial output could not be written"),
+            }
+        })
+    }
+}
+
+/// ` (2 of these, 1 of those)`, or nothing.
+fn list(f: &mut fmt::Formatter<'_>, items: impl Iterator<Item = (u64, String)>) -> fmt::Result {
+    let mut open = " (";
+    for (n, name) in items {
+        write!(f, "{open}{n} {name}")?;
+        open = ", ";
+    }
+    if open == ", " { f.write_str(")") } else { Ok(()) }
+}

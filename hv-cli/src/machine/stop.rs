@@ -6,14 +6,14 @@
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use hv_core::VcpuKick;
-use vmm_sys_util::eventfd::EventFd;
 
+use crate::event::Event;
 use crate::exit_code::StopReason;
 
 struct Inner {
     reason: OnceLock<StopReason>,
     /// Wakes the main loop.
-    woken: EventFd,
+    woken: Event,
     kicks: Mutex<Vec<Box<dyn VcpuKick>>>,
 }
 
@@ -24,7 +24,7 @@ pub struct Stopper(Arc<Inner>);
 impl Stopper {
     /// A machine that runs. `woken` is signalled when it is stopped.
     #[must_use]
-    pub fn new(woken: EventFd) -> Self {
+    pub fn new(woken: Event) -> Self {
         Self(Arc::new(Inner { reason: OnceLock::new(), woken, kicks: Mutex::default() }))
     }
 
@@ -59,15 +59,14 @@ impl Stopper {
 
     /// What becomes readable when the machine is stopped.
     #[must_use]
-    pub fn event(&self) -> &EventFd {
+    pub fn event(&self) -> &Event {
         &self.0.woken
     }
 
     fn wake_all(&self) {
-        // Neither can fail in a way that matters: an eventfd at its maximum is readable, and a
-        // vCPU whose thread is gone needs no kick.
-        let _ = self.0.woken.write(1);
+        self.0.woken.signal();
         for kick in self.0.kicks.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            // A vCPU whose thread is gone needs no kick.
             let _ = kick.kick();
         }
     }
@@ -77,7 +76,6 @@ impl Stopper {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU32, Ordering};
-    use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     struct Counting(Arc<AtomicU32>);
 
@@ -89,7 +87,7 @@ mod tests {
     }
 
     fn stopper() -> Stopper {
-        Stopper::new(EventFd::new(EFD_NONBLOCK).unwrap())
+        Stopper::new(Event::new().unwrap())
     }
 
     #[test]
@@ -98,12 +96,12 @@ mod tests {
         let kicks = Arc::new(AtomicU32::new(0));
         stopper.add_vcpu(Counting(kicks.clone()));
         stopper.add_vcpu(Counting(kicks.clone()));
-        assert!(stopper.event().read().is_err(), "not stopped yet");
+        assert!(stopper.event().take().is_none(), "not stopped yet");
         stopper.stop(StopReason::Reset);
         stopper.stop(StopReason::PowerOff);
         assert_eq!(stopper.reason(), Some(&StopReason::Reset));
         assert_eq!(kicks.load(Ordering::Relaxed), 2);
-        assert_eq!(stopper.event().read().unwrap(), 1);
+        assert_eq!(stopper.event().take(), Some(1));
     }
 
     #[test]

@@ -135,14 +135,14 @@ fn is_crash(reason: &StopReason) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::Event;
     use hv_core::mock::MockVcpu;
     use hv_core::{Error, Ioctl, VcpuExit};
     use kvm_bindings::{kvm_regs, kvm_sregs, kvm_translation};
     use vm_memory::GuestAddress;
-    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     fn stopper() -> Stopper {
-        Stopper::new(EventFd::new(EFD_NONBLOCK).unwrap())
+        Stopper::new(Event::new().unwrap())
     }
 
     fn thread(vcpu: MockVcpu, stopper: Stopper) -> VcpuThread<MockVcpu> {

@@ -1,0 +1,180 @@
+//! The command line: what `hv` understands, and how each command ends in an exit code.
+//!
+//! Only words are handled here; what they do is elsewhere.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use hv_core::DeviceChoice;
+
+use crate::config::{DeviceOption, IrqchipMode, KernelConfig, MemorySize, RunConfig};
+use crate::exit_code::ExitCode;
+use crate::loader::Format;
+use crate::{doctor, probe, run};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0   the guest powered off, or all checks of the built-in guest passed
+  2   the command line, an image or another input can't be used
+  4   the VM could not be made or kept running
+  6   the guest asked for a reset
+  8   the guest failed: a failed check, or a crash it reported
+  10  triple fault
+  12  KVM could not go on: internal error, failed entry, unknown exit
+  14  ended by Ctrl-A x or by a signal
+  odd the guest wrote v to isa-debug-exit: (v << 1) | 1";
+
+const EXAMPLES: &str = "\
+Examples:
+  hv run                                  check this host with the built-in guest
+  hv run --kernel vmlinux --initrd initramfs.cpio --cpus 2 --memory 512M
+  hv run --kernel bzImage --cmdline 'console=ttyS0 panic=-1'
+  hv run --kernel test.flat --format multiboot --device isa-debug-exit --device testdev
+  hv doctor                               why VMs can't run here, and what to do
+
+In a VM: Ctrl-A x ends it, Ctrl-A h shows the keys.";
+
+/// A virtual machine monitor on KVM.
+#[derive(Debug, Parser)]
+#[command(name = "hv", version, about, after_help = EXAMPLES, after_long_help = help_tail())]
+#[command(max_term_width = 100, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+fn help_tail() -> String {
+    format!("{EXAMPLES}\n\n{EXIT_CODES}")
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a virtual machine: the built-in guest, or the kernel given
+    #[command(after_help = EXIT_CODES)]
+    Run(RunArgs),
+    /// Show what this host's KVM can do
+    Probe(ProbeArgs),
+    /// Say whether VMs can run here, and if not, why and what to do
+    Doctor(ProbeArgs),
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// Kernel to boot: bzImage, ELF (Linux or PVH), multiboot 1 or a flat binary.
+    /// Without it, the built-in guest checks the machine from inside
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+
+    /// Initial RAM disk (for multiboot, the module)
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
+
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    #[arg(default_value = "console=ttyS0 reboot=k panic=-1", hide_default_value = false)]
+    cmdline: String,
+
+    /// What the kernel is
+    #[arg(long, value_enum, default_value_t, requires = "kernel")]
+    format: Format,
+
+    /// Processors [default: 1; built-in guest: 2]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+
+    /// RAM, in MiB or with a unit: K, M, G, T
+    #[arg(long, value_name = "SIZE", default_value = "128M")]
+    memory: MemorySize,
+
+    /// Where the interrupt controllers are
+    #[arg(long, value_enum, default_value_t)]
+    irqchip: IrqchipMode,
+
+    /// A further device: isa-debug-exit[,iobase=0xf4] or testdev
+    #[arg(long = "device", value_name = "DEVICE")]
+    devices: Vec<DeviceOption>,
+
+    /// Don't complete instructions that KVM can't emulate
+    #[arg(long)]
+    no_complete: bool,
+
+    /// The built-in guest's results as JSON
+    #[arg(long, conflicts_with = "kernel")]
+    json: bool,
+
+    #[command(flatten)]
+    kvm: KvmArg,
+}
+
+#[derive(Debug, Args)]
+struct ProbeArgs {
+    /// Output for programs
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    kvm: KvmArg,
+}
+
+#[derive(Debug, Args)]
+struct KvmArg {
+    /// KVM device node, or fd:N for one that is already open
+    #[arg(long = "kvm", value_name = "PATH|fd:N", default_value_t)]
+    device: DeviceChoice,
+}
+
+impl RunArgs {
+    fn into_config(self) -> RunConfig {
+        let kernel = self.kernel.map(|path| KernelConfig {
+            path,
+            format: self.format,
+            initrd: self.initrd,
+            cmdline: self.cmdline,
+        });
+        // The built-in guest has a check that needs a second processor.
+        let default_cpus = if kernel.is_some() { 1 } else { 2 };
+        RunConfig {
+            kvm: self.kvm.device,
+            cpus: self.cpus.unwrap_or(default_cpus),
+            memory: self.memory,
+            irqchip: self.irqchip,
+            devices: self.devices,
+            complete: !self.no_complete,
+            kernel,
+        }
+    }
+}
+
+/// Runs the command line `args` and returns the exit code of the process.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are errors to clap; they are none to the user. Nowhere to write to
+            // is no reason for another message.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::Usage as u8 } else { 0 };
+        }
+    };
+    match cli.command {
+        Command::Run(args) => {
+            let json = args.json;
+            run::run(&args.into_config(), json)
+        }
+        Command::Probe(args) => {
+            finish(probe::run(&args.kvm.device, args.json, &mut anstream::stdout().lock()))
+        }
+        Command::Doctor(args) => {
+            finish(doctor::run(&args.kvm.device, args.json, &mut anstream::stdout().lock()))
+        }
+    }
+}
+
+/// The exit code of a command that only reports.
+fn finish(result: Result<ExitCode, impl std::fmt::Display>) -> u8 {
+    match result {
+        Ok(code) => code as u8,
+        Err(error) => run::fail(ExitCode::Vmm, &error),
+    }
+}

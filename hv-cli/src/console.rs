@@ -1,0 +1,222 @@
+//! The main thread of a running machine: waits for the end, and carries input to the serial port.
+//!
+//! It sleeps in poll(2) until a vCPU stops the machine, a signal arrives or the user types. Raw
+//! terminal mode lives exactly as long as [`Console::serve`] runs.
+
+use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::iterator::backend::SignalDelivery;
+use signal_hook::iterator::exfiltrator::SignalOnly;
+
+use crate::devices::Com1;
+use crate::event::Event;
+use crate::exit_code::StopReason;
+use crate::machine::bus::Shared;
+use crate::machine::stop::Stopper;
+use crate::terminal::{Action, EscapeParser, KEYS_HELP, RawMode, TerminalError};
+
+/// The standard output as a serial port's wire.
+///
+/// A reader that does not read may stall the guest, but must not keep the machine from being
+/// stopped: what can't be written after the stop is dropped.
+pub struct Wire(Stopper);
+
+impl Wire {
+    /// The wire of the machine that `stopper` stops.
+    #[must_use]
+    pub fn new(stopper: Stopper) -> Self {
+        Self(stopper)
+    }
+}
+
+impl Write for Wire {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let stdout = rustix::stdio::stdout();
+        loop {
+            let mut fds =
+                [PollFd::new(&stdout, PollFlags::OUT), PollFd::new(self.0.event(), PollFlags::IN)];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let [out, stop] = &fds;
+            if !out.revents().is_empty() {
+                match rustix::io::write(stdout, buf) {
+                    Err(Errno::INTR | Errno::AGAIN) => {}
+                    result => return Ok(result?),
+                }
+            } else if !stop.revents().is_empty() {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The signals that reach the main loop, taken from the start so that none ends the process
+/// behind its back.
+pub struct Signals(SignalDelivery<UnixStream, SignalOnly>);
+
+impl Signals {
+    /// Takes SIGTERM, SIGINT, SIGHUP, SIGQUIT and SIGCONT.
+    ///
+    /// # Errors
+    /// The system refuses a socket pair or a handler.
+    pub fn take() -> io::Result<Self> {
+        let (read, write) = UnixStream::pair()?;
+        read.set_nonblocking(true)?;
+        let signals = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGCONT];
+        SignalDelivery::with_pipe(read, write, SignalOnly, signals).map(Self)
+    }
+}
+
+/// What is still to be typed into the guest.
+#[derive(Default)]
+struct Input {
+    parser: EscapeParser,
+    /// Whether the escape key means anything: only what a person types has one.
+    escapes: bool,
+    pending: Vec<u8>,
+    ended: bool,
+}
+
+impl Input {
+    /// Reads what is there. At most one read, so that the end of the machine is never kept waiting.
+    fn read(&mut self, stopper: &Stopper) {
+        let mut buffer = [0; 256];
+        let n = match rustix::io::read(rustix::stdio::stdin(), &mut buffer) {
+            Ok(0) => {
+                self.ended = true;
+                return;
+            }
+            Ok(n) => n,
+            Err(Errno::INTR | Errno::AGAIN) => return,
+            Err(_) => {
+                self.ended = true;
+                return;
+            }
+        };
+        for &byte in buffer.iter().take(n) {
+            if !self.escapes {
+                self.pending.push(byte);
+                continue;
+            }
+            match self.parser.push(byte, &mut self.pending) {
+                Some(Action::Quit) => stopper.stop(StopReason::UserQuit),
+                Some(Action::Help) => eprint!("{KEYS_HELP}"),
+                None => {}
+            }
+        }
+    }
+
+    fn offer(&mut self, com1: &Shared<SerialPort>) {
+        let taken = com1.lock().unwrap_or_else(PoisonError::into_inner).input(&self.pending);
+        self.pending.drain(..taken.min(self.pending.len()));
+    }
+}
+
+/// While the port is in loop-back mode it takes no input and does not say when it would again.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// A serial port that writes to whatever it is connected to.
+pub type SerialPort = Com1<Box<dyn Write + Send>>;
+
+/// The user's side of a machine.
+pub struct Console {
+    /// The serial port.
+    pub com1: Shared<SerialPort>,
+    /// Signalled when the guest has read all input.
+    pub drained: Event,
+    /// Stops the machine.
+    pub stopper: Stopper,
+}
+
+impl Console {
+    /// Serves the machine until it is stopped, or stops it for `late` when it runs for longer than
+    /// `limit`.
+    ///
+    /// # Errors
+    /// The terminal can't be put into raw mode.
+    pub fn serve(
+        &self,
+        signals: &mut Signals,
+        limit: Option<Duration>,
+        late: StopReason,
+    ) -> Result<(), TerminalError> {
+        let mut raw = RawMode::enter(rustix::stdio::stdin())?;
+        let mut input = Input { escapes: raw.is_some(), ..Input::default() };
+        let deadline = limit.map(|limit| (Instant::now() + limit, late));
+        while !self.stopper.is_stopped() {
+            // What is typed stays in the kernel while the port has no room for more.
+            let reads = !input.ended && input.pending.is_empty();
+            let stdin = rustix::stdio::stdin();
+            let mut fds = [
+                PollFd::new(self.stopper.event(), PollFlags::IN),
+                PollFd::new(signals.0.get_read(), PollFlags::IN),
+                PollFd::new(&self.drained, PollFlags::IN),
+                PollFd::new(&stdin, PollFlags::IN),
+            ];
+            // poll tells a hang-up even of what it was not asked for, so leave the input out.
+            let watched = if reads { 4 } else { 3 };
+            let left =
+                deadline.as_ref().map(|(at, _)| at.saturating_duration_since(Instant::now()));
+            let retry = (!input.pending.is_empty()).then_some(RETRY);
+            let timeout = left.into_iter().chain(retry).min();
+            match poll(fds.get_mut(..watched).unwrap_or_default(), timespec(timeout).as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                // Short of memory: try again rather than lose the machine.
+                Err(_) => std::thread::yield_now(),
+            }
+            let [_, signalled, emptied, typed] = fds.map(|fd| !fd.revents().is_empty());
+            if signalled {
+                take_signals(signals, &self.stopper, raw.as_mut())?;
+            }
+            if emptied {
+                self.drained.take();
+            }
+            if typed && reads {
+                input.read(&self.stopper);
+            }
+            if !input.pending.is_empty() {
+                input.offer(&self.com1);
+            }
+            if let Some((at, late)) = &deadline
+                && Instant::now() >= *at
+            {
+                self.stopper.stop(late.clone());
+            }
+        }
+        Ok(())
+    }
+}
+
+fn timespec(duration: Option<Duration>) -> Option<Timespec> {
+    duration.and_then(|duration| Timespec::try_from(duration).ok())
+}
+
+fn take_signals(
+    signals: &mut Signals,
+    stopper: &Stopper,
+    raw: Option<&mut RawMode<BorrowedFd<'static>>>,
+) -> Result<(), TerminalError> {
+    let pending: Vec<_> = signals.0.pending().collect();
+    if pending.contains(&SIGCONT)
+        && let Some(raw) = raw
+    {
+        raw.resume()?;
+    }
+    if let Some(signal) = pending.into_iter().find(|s| *s != SIGCONT) {
+        stopper.stop(StopReason::Signal(signal));
+    }
+    Ok(())
+}

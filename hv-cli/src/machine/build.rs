@@ -1,0 +1,342 @@
+//! Puts a machine together, in the order that costs least and can fail safely: images are opened
+//! and memory is laid out before KVM hears of anything, and no vCPU runs before all is in place.
+
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+
+use hv_core::init::{self, InitError, Irqchip, Record};
+use hv_core::{Capability, DeviceChoice, Error, Hypervisor, OpenError, SlotId, Vcpu, Vm};
+use hv_irq::RouterError;
+use hv_memory::{GuestRam, GuestRange, LayoutError, RamError, RamLayout, page_size};
+use vm_memory::GuestAddress;
+
+use super::Machine;
+use super::built_in::{Parts, PartsError};
+use super::bus::{Bus, BusError, Device};
+use super::cpu::{CpuidConfig, cpuid, set_firmware_state};
+use super::exits::Outside;
+use super::interrupts::Interrupts;
+use super::stop::Stopper;
+use super::vcpu::VcpuThread;
+use crate::acpi::{self, AcpiConfig, AcpiError};
+use crate::complete::Completer;
+use crate::config::{DeviceOption, IrqchipMode, KernelConfig, MemorySize, RunConfig};
+use crate::console::{Console, Wire};
+use crate::devices::{
+    Com1, DebugExit, I8042, Latch, PowerControl, ResetPort, Rtc, Scratch, SetIrq,
+};
+use crate::event::Event;
+use crate::guest::{self, MMIO, MMIO_LEN, PORTS, PORTS_LEN};
+use crate::layout;
+use crate::loader::{self, BootState, Image, LoadError, LoadRequest, MemoryMap};
+
+/// Why there is no machine.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// The kernel or the initrd can't be used.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// This memory can't be laid out.
+    #[error("--memory {size}: {error}")]
+    Layout {
+        /// What was asked for.
+        size: MemorySize,
+        /// Why not.
+        error: LayoutError,
+    },
+    /// More memory than the host has.
+    #[error("--memory {asked} is more than the host has ({host}): ask for less")]
+    MoreThanHost {
+        /// What was asked for.
+        asked: MemorySize,
+        /// What there is.
+        host: MemorySize,
+    },
+    /// The host does not give the memory.
+    #[error("--memory {size}: {error}")]
+    Ram {
+        /// What was asked for.
+        size: MemorySize,
+        /// Why not.
+        error: RamError,
+    },
+    /// Init failed.
+    #[error(transparent)]
+    Init(#[from] InitError),
+    /// The built-in guest can't be had.
+    #[error("the built-in guest: {0}")]
+    BuiltIn(#[from] PartsError),
+    /// The built-in guest has no room.
+    #[error("--memory: {0}")]
+    NoRam(#[from] guest::NoRam),
+    /// Interrupts could not be set up.
+    #[error("interrupts: {0}")]
+    Interrupts(#[from] RouterError),
+    /// Two devices are in the same place.
+    #[error("--device: {0}")]
+    Bus(#[from] BusError),
+    /// The ACPI tables don't fit.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// A vCPU could not be made.
+    #[error(transparent)]
+    Vcpu(#[from] Error),
+    /// The host has no descriptor left.
+    #[error("can't make an eventfd: {0}; raise the limit of open files (ulimit -n)")]
+    Eventfd(hv_core::Errno),
+}
+
+impl BuildError {
+    /// Whether what was asked for can't be, whatever the state of the host.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Load(_)
+            | Self::Layout { .. }
+            | Self::MoreThanHost { .. }
+            | Self::Bus(_)
+            | Self::NoRam(_)
+            | Self::Acpi(_) => true,
+            Self::Init(error) => error.step == init::Step::VcpuLimits,
+            _ => false,
+        }
+    }
+}
+
+/// The images of a kernel, opened and checked for what can be checked without a machine.
+struct Images {
+    kernel: Image,
+    initrd: Option<Image>,
+}
+
+impl Images {
+    fn open(config: &KernelConfig) -> Result<Self, LoadError> {
+        let kernel = Image::open(&config.path)?;
+        let initrd = config.initrd.as_deref().map(Image::open).transpose()?;
+        Ok(Self { kernel, initrd })
+    }
+}
+
+impl<H> Machine<H>
+where
+    H: Hypervisor,
+    H::Vm: Send + Sync + 'static,
+    <H::Vm as Vm>::Vcpu: 'static,
+{
+    /// A machine that is ready to run.
+    ///
+    /// # Errors
+    /// What can't be had; everything made until then is gone again.
+    pub fn build(
+        open: impl FnOnce(&DeviceChoice) -> Result<H, OpenError>,
+        config: &RunConfig,
+    ) -> Result<Self, BuildError> {
+        let images = config.kernel.as_ref().map(Images::open).transpose()?;
+        let ram = ram(config.memory)?;
+        let mut init = init_config(config, &ram);
+        let parts = if images.is_none() { Some(Parts::new()?) } else { None };
+        if let Some(parts) = &parts {
+            init.slots.extend(parts.slot(SlotId(ram.slots().len() as u32)));
+            init.ioeventfds.push(parts.ioeventfd());
+        }
+        let (hypervisor, vm, record) = init::init(open, &init)?.into_parts();
+        let vm = Arc::new(vm);
+
+        let interrupts = Interrupts::new(vm.clone(), &record)?;
+        let stopper = Stopper::new(event()?);
+        let checks = parts
+            .map(|parts| parts.checks(interrupts.router(), &record, config.cpus, &stopper))
+            .transpose()?;
+        let wire = Wire::new(stopper.clone());
+        let out: Box<dyn Write + Send> = match &checks {
+            Some(checks) => Box::new(checks.com1(wire)),
+            None => Box::new(wire),
+        };
+        let console = console(&interrupts, &stopper, out)?;
+        let mut outside = Outside::default();
+        legacy_devices(&mut outside, &ram, &stopper, &console)?;
+        optional_devices(&mut outside, config, &stopper, &interrupts)?;
+        if let Some(checks) = &checks {
+            outside.ports.insert("checks", PORTS.into(), PORTS_LEN, checks.ports())?;
+            outside.memory.insert("checks", MMIO, MMIO_LEN, checks.mmio())?;
+        }
+        let boot = match (&config.kernel, &images) {
+            (Some(kernel), Some(images)) => load(&ram, kernel, images, config, &record)?,
+            _ => guest::load(ram.memory())?,
+        };
+        let outside = Arc::new(outside);
+        let leaves = hypervisor.supported_cpuid()?;
+        let cpuid_config = CpuidConfig {
+            cpus: config.cpus,
+            tsc_deadline: vm.check_extension(Capability::TscDeadlineTimer)? > 0,
+            hide_hypercalls: runs_guest_kernels_in_software(),
+        };
+        let mut vcpus = Vec::new();
+        for id in 0..config.cpus {
+            let vcpu = vm.create_vcpu(id)?;
+            vcpu.set_cpuid(&cpuid(&leaves, id, cpuid_config))?;
+            set_firmware_state(&vcpu, id == 0)?;
+            if id == 0 {
+                let (mut sregs, mut regs) = (vcpu.sregs()?, vcpu.regs()?);
+                boot.apply(&mut sregs, &mut regs);
+                vcpu.set_sregs(&sregs)?;
+                vcpu.set_regs(&regs)?;
+            }
+            vcpus.push(VcpuThread {
+                vcpu,
+                outside: outside.clone(),
+                memory: ram.memory().clone(),
+                stopper: stopper.clone(),
+                completer: config.complete.then(Completer::default),
+            });
+        }
+        Ok(Self { vcpus, console, checks, stopper, interrupts, record, _hypervisor: hypervisor })
+    }
+}
+
+/// The RAM of the machine, mapped.
+fn ram(size: MemorySize) -> Result<GuestRam, BuildError> {
+    let info = rustix::system::sysinfo();
+    let host = MemorySize(u64::from(info.totalram).saturating_mul(info.mem_unit.into()));
+    if size > host {
+        return Err(BuildError::MoreThanHost { asked: size, host });
+    }
+    let hole = GuestRange::new(
+        GuestAddress(layout::MMIO_HOLE_START),
+        layout::MMIO_HOLE_END - layout::MMIO_HOLE_START,
+    );
+    let holes: Vec<_> = hole.into_iter().collect();
+    let layout = RamLayout::new(size.0, &holes, host_address_bits())
+        .map_err(|error| BuildError::Layout { size, error })?;
+    GuestRam::new(&layout).map_err(|error| BuildError::Ram { size, error })
+}
+
+/// Physical address bits of the host's processors (CPUID leaf 0x80000008, EAX bits 0 to 7).
+fn host_address_bits() -> u8 {
+    const ADDRESS_SIZES: u32 = 0x8000_0008;
+    let highest = std::arch::x86_64::__cpuid(0x8000_0000).eax;
+    if highest < ADDRESS_SIZES {
+        return 36; // every 64-bit processor has at least these
+    }
+    std::arch::x86_64::__cpuid(ADDRESS_SIZES).eax as u8
+}
+
+/// Whether this host's KVM is a software one, which can't run VMCALL in a guest's kernel.
+fn runs_guest_kernels_in_software() -> bool {
+    std::path::Path::new("/sys/module/kvm_pvm").exists()
+}
+
+fn init_config(config: &RunConfig, ram: &GuestRam) -> init::Config {
+    let mut init = init::Config::new(page_size(), config.cpus);
+    init.device = config.kvm.clone();
+    init.highest_vcpu_id = config.cpus.saturating_sub(1);
+    init.irqchip = match config.irqchip {
+        IrqchipMode::Kernel => Irqchip::Kernel { pit: true },
+        IrqchipMode::Split => Irqchip::Split { pins: 24 },
+    };
+    init.slots = ram.slots().to_vec();
+    init
+}
+
+fn event() -> Result<Event, BuildError> {
+    Event::new().map_err(|e| BuildError::Eventfd(hv_core::Errno::from(&e)))
+}
+
+fn console<V>(
+    interrupts: &Interrupts<V>,
+    stopper: &Stopper,
+    out: Box<dyn Write + Send>,
+) -> Result<Console, BuildError>
+where
+    V: hv_core::IrqBackend + Send + Sync + 'static,
+{
+    let drained = event()?;
+    let irq = interrupts.edge(layout::COM1_IRQ)?;
+    let com1 = Com1::new(irq, drained.clone(), out);
+    Ok(Console { com1: Arc::new(Mutex::new(com1)), drained, stopper: stopper.clone() })
+}
+
+/// Puts a device of its own on `bus`.
+fn put(
+    bus: &mut Bus,
+    name: &'static str,
+    start: u64,
+    len: u64,
+    device: impl Device + 'static,
+) -> Result<(), BusError> {
+    bus.insert(name, start, len, Arc::new(Mutex::new(device)))
+}
+
+/// The devices every machine has.
+fn legacy_devices(
+    outside: &mut Outside,
+    ram: &GuestRam,
+    stopper: &Stopper,
+    console: &Console,
+) -> Result<(), BusError> {
+    let map = MemoryMap::new(ram.memory(), &[]);
+    let below_4g = map.ram_below(layout::MMIO_HOLE_END);
+    let rtc = Rtc::new(below_4g, map.ram_below(u64::MAX) - below_4g);
+    let ports = &mut outside.ports;
+    ports.insert("COM1", layout::COM1_PORT.into(), 8, console.com1.clone())?;
+    put(ports, "i8042", 0x60, 5, I8042::new(stopper.clone()))?;
+    put(ports, "RTC", 0x70, 2, rtc)?;
+    put(ports, "ACPI", layout::PM1A_EVENT_PORT.into(), 6, PowerControl::new(stopper.clone()))?;
+    put(ports, "reset", layout::RESET_PORT.into(), 1, ResetPort::new(stopper.clone()))
+}
+
+/// The devices that were asked for.
+fn optional_devices<V>(
+    outside: &mut Outside,
+    config: &RunConfig,
+    stopper: &Stopper,
+    interrupts: &Interrupts<V>,
+) -> Result<(), BusError>
+where
+    V: hv_core::IrqBackend + Send + Sync + 'static,
+{
+    for device in &config.devices {
+        match *device {
+            DeviceOption::IsaDebugExit { iobase } => {
+                let exit = DebugExit::new(stopper.clone());
+                put(&mut outside.ports, "isa-debug-exit", iobase.into(), 4, exit)?;
+            }
+            DeviceOption::Testdev => {
+                let lines = SetIrq::new(interrupts.lines());
+                put(&mut outside.ports, "testdev", 0xe0, 4, Latch::default())?;
+                put(&mut outside.ports, "testdev", 0x2000, SetIrq::LINES, lines)?;
+                put(
+                    &mut outside.memory,
+                    "testdev",
+                    0xff00_0000,
+                    Scratch::SIZE,
+                    Scratch::default(),
+                )?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn load(
+    ram: &GuestRam,
+    kernel: &KernelConfig,
+    images: &Images,
+    config: &RunConfig,
+    record: &Record,
+) -> Result<BootState, BuildError> {
+    let reserved = record.reserved.identity_map..record.reserved.identity_map + record.reserved.len;
+    let map = MemoryMap::new(ram.memory(), &[reserved]);
+    let pic = matches!(record.irqchip, Irqchip::Kernel { .. });
+    let acpi = AcpiConfig { cpus: config.cpus, io_apic: pic, pic };
+    let rsdp = acpi::build(ram.memory(), &acpi)?;
+    let request = LoadRequest {
+        format: kernel.format,
+        cmdline: &kernel.cmdline,
+        initrd: images.initrd.as_ref(),
+        map: &map,
+        rsdp: Some(rsdp),
+    };
+    Ok(loader::load(ram.memory(), &images.kernel, &request)?)
+}
