@@ -37,15 +37,12 @@ pub struct MemoryMap {
 impl MemoryMap {
     /// The map of `memory`, with the extended BIOS data area, the BIOS area and `reserved`
     /// marked reserved, and the video window left out.
-    pub fn new<M: GuestMemoryBackend>(
-        memory: &M,
-        reserved: impl IntoIterator<Item = Range<u64>>,
-    ) -> Self {
+    pub fn new<M: GuestMemoryBackend>(memory: &M, reserved: &[Range<u64>]) -> Self {
         let ram = memory.iter().map(|region| {
             let start = region.start_addr().raw_value();
             start..start.saturating_add(region.len())
         });
-        let reserved = reserved.into_iter().chain([
+        let reserved = reserved.iter().cloned().chain([
             layout::EBDA_START..layout::VGA_START,
             layout::BIOS_START..layout::HIGH_RAM_START,
         ]);
@@ -119,7 +116,7 @@ mod tests {
     fn map(ram: &[(u64, usize)], reserved: Range<u64>) -> Vec<(u64, u64, MemoryKind)> {
         let ram: Vec<_> = ram.iter().map(|&(start, size)| (GuestAddress(start), size)).collect();
         let memory = GuestMemoryMmap::<()>::from_ranges(&ram).unwrap();
-        MemoryMap::new(&memory, Some(reserved))
+        MemoryMap::new(&memory, &[reserved])
             .entries()
             .iter()
             .map(|entry| (entry.range.start, entry.range.end, entry.kind))
@@ -167,7 +164,7 @@ mod tests {
                 reserved.iter().map(|&(at, len)| at * PAGE..(at + len) * PAGE).collect();
             let memory =
                 GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x30_0000)]).unwrap();
-            let map = MemoryMap::new(&memory, reserved.clone());
+            let map = MemoryMap::new(&memory, &reserved);
             for pair in map.entries().windows(2) {
                 prop_assert!(pair[0].range.end <= pair[1].range.start);
             }

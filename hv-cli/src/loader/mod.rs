@@ -9,7 +9,7 @@
 //! # use hv_cli::loader::{Format, Image, LoadRequest, MemoryMap, load};
 //! # fn example(memory: &vm_memory::GuestMemoryMmap) -> Result<(), Box<dyn std::error::Error>> {
 //! let kernel = Image::open("vmlinux".as_ref())?;
-//! let map = MemoryMap::new(memory, None);
+//! let map = MemoryMap::new(memory, &[]);
 //! let request = LoadRequest {
 //!     format: Format::Auto,
 //!     cmdline: "console=ttyS0",

@@ -237,7 +237,7 @@ mod tests {
         let mut elf = ElfImage::new_32(Vec::new());
         elf.code[..32].copy_from_slice(&multiboot_header(SUPPORTED, [0; 5]));
         let module = super::super::Image::from_bytes("initrd", vec![7; 5000]).unwrap();
-        let map = MemoryMap::new(&memory, None);
+        let map = MemoryMap::new(&memory, &[]);
         let request = LoadRequest {
             format: Format::Auto,
             cmdline: "-v 3",

@@ -233,7 +233,7 @@ mod tests {
     fn with_space(mib: u64, test: impl FnOnce(&mut Space<'_, GuestMemoryMmap>)) {
         let size = usize::try_from(mib * MIB).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).unwrap();
-        let map = MemoryMap::new(&memory, None);
+        let map = MemoryMap::new(&memory, &[]);
         test(&mut Space::new(&memory, &map));
     }
 

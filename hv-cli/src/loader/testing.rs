@@ -27,7 +27,7 @@ pub(super) fn load_plain(
     format: Format,
     bytes: &[u8],
 ) -> Result<BootState, LoadError> {
-    let map = MemoryMap::new(memory, None);
+    let map = MemoryMap::new(memory, &[]);
     let request = LoadRequest { format, cmdline: "", initrd: None, map: &map, rsdp: None };
     load(memory, &image(bytes), &request)
 }

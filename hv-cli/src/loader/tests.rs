@@ -9,6 +9,7 @@ use super::testing::*;
 use super::*;
 
 const RSDP: GuestAddress = GuestAddress(0xe_0000);
+const RESERVED: Range<u64> = 0xfeff_c000..0xff00_0000;
 
 /// Loads into `memory` with an initrd of `initrd` bytes and a command line.
 fn boot_with(
@@ -20,7 +21,7 @@ fn boot_with(
 ) -> Result<BootState, LoadError> {
     let pattern = (0..initrd).map(|at| (at % 253) as u8).collect();
     let initrd = Image::from_bytes("/boot/initrd", pattern).unwrap();
-    let map = MemoryMap::new(memory, Some(0xfeff_c000..0xff00_0000));
+    let map = MemoryMap::new(memory, &[RESERVED]);
     let rsdp = Some(RSDP);
     let request = LoadRequest { format, cmdline, initrd: Some(&initrd), map: &map, rsdp };
     load(memory, &image(kernel), &request)
@@ -208,7 +209,7 @@ fn more_ranges_than_the_boot_parameters_hold_are_an_error() {
     let memory = memory(32);
     let reserved: Vec<_> =
         (0..200).map(|at| (20 * MIB + at * 8192)..(20 * MIB + at * 8192 + 1)).collect();
-    let map = MemoryMap::new(&memory, reserved);
+    let map = MemoryMap::new(&memory, &reserved);
     let request =
         LoadRequest { format: Format::Auto, cmdline: "", initrd: None, map: &map, rsdp: None };
     let error = load(&memory, &image(&ElfImage::new(linux_note()).build()), &request).unwrap_err();
@@ -253,7 +254,7 @@ fn the_seeds_of_the_hostile_tests_are_valid() {
 /// Loads with everything, and checks what must hold of any image that loads.
 fn check_hostile(format: Format, kernel: &[u8]) {
     let memory = memory(32);
-    let map = MemoryMap::new(&memory, None);
+    let map = MemoryMap::new(&memory, &[]);
     let initrd = Image::from_bytes("initrd", vec![1; 5000]).unwrap();
     let initrd = (format != Format::Flat).then_some(&initrd);
     let cmdline = if format == Format::Flat { "" } else { "quiet" };
