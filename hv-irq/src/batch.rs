@@ -113,6 +113,11 @@ impl<'a, V: IrqBackend> Batch<'a, V> {
         self.name(&route.owned, [Op::Unbind(gsi), Op::Clear(gsi)])
     }
 
+    /// Routes the GSI of a legacy pin that is in user space.
+    pub(crate) fn set_legacy(&mut self, pin: u32, msi: Msi) {
+        self.ops.push(Op::Set(Gsi(pin), RouteTarget::Msi(msi)));
+    }
+
     /// Tells KVM. The routes named so far are released afterwards, if their handles are gone.
     pub(crate) fn commit(self) -> Result<(), RouterError> {
         self.router.state().commit(&*self.router.vm, &self.ops)

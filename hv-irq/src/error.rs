@@ -51,6 +51,9 @@ pub enum RouterError {
         "GSI {0} is no line of the kernel's interrupt controllers; with a split irqchip, use the user-space I/O APIC"
     )]
     NoKernelLine(Gsi),
+    /// An I/O APIC in user space was asked for though the kernel has one.
+    #[error("the kernel has the I/O APIC of this VM: one in user space needs a split irqchip")]
+    PinsInKernel,
     /// A call failed, and all that had been done before it was undone.
     #[error(transparent)]
     Kvm(#[from] hv_core::Error),

@@ -3,6 +3,7 @@
 mod batch;
 mod bitmap;
 mod error;
+mod ioapic;
 mod ledger;
 mod pin;
 mod pins;
@@ -13,6 +14,7 @@ mod table;
 pub use batch::{Batch, MsiRoute};
 pub use bitmap::{GsiBitmap, GsiError};
 pub use error::RouterError;
+pub use ioapic::Ioapic;
 pub use pin::PinIrqfd;
 pub use pins::{LEGACY_GSIS, pc_default_routes};
 pub use router::{IrqRouter, LegacyPins, RouterConfig};
