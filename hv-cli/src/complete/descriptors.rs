@@ -142,3 +142,64 @@ pub(super) fn null_stack(cpl: u8) -> kvm_segment {
         ..Default::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::stop::Fault;
+    use super::super::testing::{GDT, Guest, descriptor, long_mode, protected_mode, selector};
+    use super::*;
+
+    #[test]
+    fn fields_are_decoded() {
+        // Base 0x12345678, limit 0xabcde in bytes, 16-bit, DPL 2, conforming code.
+        let mut guest = Guest::with_tables(protected_mode());
+        guest.set_descriptor(0x30, 0x121a_dc34_5678_bcde);
+        let found = guest.machine().descriptor(0x32).unwrap().unwrap();
+        let segment = found.segment(2);
+        assert_eq!((segment.base, segment.limit, segment.selector), (0x1234_5678, 0xa_bcde, 0x32));
+        assert_eq!((segment.type_, segment.dpl, segment.present), (0xd, 2, 1));
+        assert_eq!((segment.g, segment.db, segment.l, segment.avl, segment.s), (0, 0, 0, 1, 1));
+        assert!(found.is_code() && found.is_conforming() && !found.is_writable_data());
+        guest.set_descriptor(0x30, descriptor::DATA);
+        let data = guest.machine().descriptor(0x30).unwrap().unwrap();
+        assert_eq!((data.limit(), data.is_big()), (0xffff_ffff, true));
+        guest.cpu.sregs.gdt.base = GDT + 8;
+        assert!(guest.machine().descriptor(0x28).unwrap().unwrap().is_writable_data());
+    }
+
+    #[test]
+    fn a_descriptor_lies_inside_its_table() {
+        let mut guest = Guest::with_tables(protected_mode());
+        let found =
+            |guest: &Guest, selector| guest.machine().descriptor(selector).unwrap().is_some();
+        guest.cpu.sregs.gdt.limit = 0x17;
+        assert!(found(&guest, 0x10));
+        assert!(!found(&guest, 0x18));
+        guest.cpu.sregs.gdt.limit = 0x16;
+        assert!(!found(&guest, 0x10));
+        assert!(!found(&guest, 3), "null, whatever the RPL");
+        assert!(!found(&guest, 0x0c), "there is no LDT");
+        guest.cpu.sregs.ldt = kvm_segment { base: GDT, limit: 0xf, ..Default::default() };
+        assert!(found(&guest, 0x0c));
+        assert!(found(&guest, 0x04), "the first entry of an LDT is not null");
+        assert!(!found(&guest, 0x14));
+    }
+
+    #[test]
+    fn the_accessed_bit_is_set_where_it_is_clear() {
+        let guest = Guest::with_tables(long_mode());
+        let clear = descriptor::DATA & !descriptor::ACCESSED;
+        guest.set_descriptor(selector::DATA, clear);
+        let mark = |guest: &Guest| {
+            let found = guest.machine().descriptor(selector::DATA).unwrap().unwrap();
+            guest.machine().mark_accessed(&found)
+        };
+        assert_eq!(mark(&guest), Ok(()));
+        assert_eq!(guest.get_descriptor(selector::DATA), descriptor::DATA);
+        // A table that can't be written does no harm as long as the bit is set.
+        guest.set_pte(GDT, GDT | 1);
+        assert_eq!(mark(&guest), Ok(()));
+        guest.set_descriptor(selector::DATA, clear);
+        assert_eq!(mark(&guest), Err(Fault::pf(GDT + 0x15, 0b011).into()));
+    }
+}

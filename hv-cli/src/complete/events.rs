@@ -362,6 +362,7 @@ mod tests {
     #[test]
     fn from_user_code_through_the_64_bit_tss() {
         let mut guest = guest(long_mode());
+        guest.set_descriptor(selector::CODE, descriptor::CODE64 & !descriptor::ACCESSED);
         guest.enter_user();
         guest.poke_u64(TSS + 4, 0xa008);
         guest.run(INT_80);
@@ -371,6 +372,7 @@ mod tests {
         assert_eq!((sregs.cs.selector, sregs.cs.dpl, sregs.cs.l), (8, 0, 1));
         assert_eq!((sregs.ss.selector, sregs.ss.dpl, sregs.ss.unusable), (0, 0, 0));
         assert_eq!(guest.machine().cpl(), 0);
+        assert_eq!(guest.get_descriptor(selector::CODE), descriptor::CODE64, "accessed");
     }
 
     #[test]

@@ -211,6 +211,10 @@ mod tests {
     fn to_an_outer_level() {
         let mut guest = returning(&[0x1234, 0x1b, 0x3202, 0xa000, 0x23]);
         guest.cpu.sregs.fs.type_ = 0b1110;
+        for selector in [selector::USER_CODE, selector::USER_DATA] {
+            let descriptor = guest.get_descriptor(selector);
+            guest.set_descriptor(selector, descriptor & !descriptor::ACCESSED);
+        }
         guest.run(IRET);
         let cpu = &guest.cpu;
         assert_eq!((cpu.regs.rip, cpu.regs.rsp, cpu.regs.rflags), (0x1234, 0xa000, 0x3202));
@@ -218,6 +222,8 @@ mod tests {
         assert_eq!(guest.machine().cpl(), 3);
         assert_eq!((cpu.sregs.ds.selector, cpu.sregs.ds.unusable), (0, 1), "an inner data segment");
         assert_eq!(cpu.sregs.fs.unusable, 0, "conforming code may stay");
+        assert_eq!(guest.get_descriptor(selector::USER_CODE), descriptor::USER_CODE32, "accessed");
+        assert_eq!(guest.get_descriptor(selector::USER_DATA), descriptor::USER_DATA, "accessed");
     }
 
     #[test]

@@ -416,6 +416,19 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_that_changed_under_the_walk_is_not_overwritten() {
+        let guest = Guest::new(long_mode());
+        let address = GuestAddress(PT + 8 * (DATA >> 12));
+        let seen = Entry { address, value: DATA | 7, sets: ACCESSED | DIRTY };
+        guest.set_pte(DATA, 0);
+        assert_eq!(guest.machine().update_entry(&seen, 8), Ok(false));
+        assert_eq!(guest.pte(DATA), 0);
+        guest.set_pte(DATA, DATA | 7);
+        assert_eq!(guest.machine().update_entry(&seen, 8), Ok(true));
+        assert_eq!(guest.pte(DATA), DATA | 7 | ACCESSED | DIRTY);
+    }
+
+    #[test]
     fn reserved_bits() {
         let reserved = 0b1001;
         let guest = Guest::new(long_mode());
