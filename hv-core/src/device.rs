@@ -88,7 +88,7 @@ pub enum OpenErrorKind {
     NoDriver,
     /// Something else holds the virtualization extensions (`EBUSY`).
     Busy,
-    /// The process has no descriptor left (`EMFILE`).
+    /// The process (`EMFILE`) or the host (`ENFILE`) has no descriptor left.
     TooManyFiles,
     /// What is there is not KVM (`ENOTTY`, `EISDIR`).
     NotKvm,
@@ -123,7 +123,7 @@ impl OpenError {
             Errno::EACCES | Errno::EPERM => OpenErrorKind::NoPermission,
             Errno::ENODEV | Errno::ENXIO => OpenErrorKind::NoDriver,
             Errno::EBUSY => OpenErrorKind::Busy,
-            Errno::EMFILE => OpenErrorKind::TooManyFiles,
+            Errno::EMFILE | Errno::ENFILE => OpenErrorKind::TooManyFiles,
             Errno::ENOTTY | Errno::EISDIR => OpenErrorKind::NotKvm,
             Errno::EBADF => OpenErrorKind::BadDescriptor,
             _ => OpenErrorKind::Other,
@@ -135,7 +135,7 @@ impl OpenError {
     pub const fn remedy(&self) -> Option<&'static str> {
         Some(match self.kind() {
             OpenErrorKind::Missing => {
-                "there is no such node: load the module (modprobe kvm_intel or kvm_amd), or in a container pass the device in"
+                "there is no such node: load the module (modprobe kvm_intel or kvm_amd) and enable virtualization in the firmware if it does not load, or in a container pass the device in"
             }
             OpenErrorKind::NoPermission => {
                 "join the group that owns the node (usually kvm), or in a container allow the device for reading and writing"
@@ -146,7 +146,10 @@ impl OpenError {
             OpenErrorKind::Busy => {
                 "another hypervisor holds the virtualization extensions: stop it"
             }
-            OpenErrorKind::TooManyFiles => "raise the limit of open files (ulimit -n)",
+            OpenErrorKind::TooManyFiles => match self.errno {
+                Errno::ENFILE => "the host has its maximum of open files (sysctl fs.file-max)",
+                _ => "raise the limit of open files (ulimit -n)",
+            },
             OpenErrorKind::NotKvm => "this is not KVM: name its node, normally /dev/kvm",
             OpenErrorKind::BadDescriptor => {
                 "the descriptor is not open in this process: open it there (in a shell: 3<>/dev/kvm)"
@@ -210,6 +213,7 @@ mod tests {
             (Errno::ENXIO, K::NoDriver, "firmware"),
             (Errno::EBUSY, K::Busy, "another hypervisor"),
             (Errno::EMFILE, K::TooManyFiles, "ulimit -n"),
+            (Errno::ENFILE, K::TooManyFiles, "fs.file-max"),
             (Errno::ENOTTY, K::NotKvm, "/dev/kvm"),
             (Errno::EISDIR, K::NotKvm, "/dev/kvm"),
             (Errno::EBADF, K::BadDescriptor, "not open"),

@@ -38,3 +38,8 @@ pub use ioevent::IoEvent;
 pub use memory::{CoalescedZone, HostMemory, HostRange, IoAddress, MemorySlot, SlotFlags, SlotId};
 pub use route::{Gsi, IrqchipId, Irqfd, LineStatus, Msi, MsiStatus, Route, RouteTarget};
 pub use vcpu::{InterruptState, Vcpu, VcpuKick};
+
+/// Its examples are tests.
+#[cfg(all(doctest, feature = "mock"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -57,9 +57,9 @@ pub struct Config {
     /// Coalesced zones, registered after the irqchip.
     pub coalesced_zones: Vec<CoalescedZone>,
     /// Probe whether one port takes seven ioeventfds; no. Removing them makes KVM wait for a grace
-    /// period (7 to 15 ms of a start, measured on Linux 6.18), and closing a second VM that had them
-    /// instead takes as long. The kernels that could answer no are older than the required
-    /// capabilities.
+    /// period: 7 ms and more of a start, measured on Linux 6.18; closing a second VM that had them
+    /// waits as long. The answer can be no before Linux 2.6.34 only, where an I/O bus had room for
+    /// six devices, and those kernels lack required capabilities.
     pub probe_many_ioeventfds: bool,
 }
 

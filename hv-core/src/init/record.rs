@@ -213,7 +213,11 @@ pub(super) fn consequences(record: &Record, vcpus: u32, leftovers: u32) -> Vec<C
         Irqchip::Split { .. } => Some(Consequence::SplitIrqchip),
         Irqchip::Kernel { .. } => None,
     };
-    let lacks = record.capabilities.iter().filter(|(_, value)| **value <= 0);
+    // What the absence of routing means is said by `NoHpet`.
+    let lacks = record
+        .capabilities
+        .iter()
+        .filter(|&(&cap, &value)| value <= 0 && cap != Capability::IrqRouting);
     [
         (vcpus > recommended).then_some(many),
         irqchip,

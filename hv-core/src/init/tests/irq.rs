@@ -142,6 +142,8 @@ fn without_routing_there_is_no_hpet() {
         let vm = Host::new().with(Capability::IrqRouting, value).init(&config(KERNEL)).unwrap();
         assert_eq!(vm.record().routing, None);
         assert!(vm.record().consequences.contains(&Consequence::NoHpet));
+        let lacks = Consequence::Lacks(Capability::IrqRouting);
+        assert!(!vm.record().consequences.contains(&lacks), "that would say it twice");
     }
     assert!(Consequence::NoHpet.to_string().contains("override of interrupt 0 to pin 2"));
     let vm = Host::new().init(&config(KERNEL)).unwrap();
