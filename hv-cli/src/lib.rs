@@ -18,7 +18,7 @@ pub mod guest;
 pub mod layout;
 pub mod loader;
 pub mod machine;
-mod output;
+pub mod output;
 pub mod probe;
 pub mod run;
 pub mod terminal;

@@ -2,15 +2,19 @@
 
 use std::io::{self, ErrorKind, Write};
 
+use hv_core::Errno;
 use serde::Serialize;
 
 /// Columns of text for people.
 pub(crate) const COLUMNS: usize = 80;
 
 /// A report could not be written.
-#[derive(Debug, thiserror::Error)]
-#[error("the report can't be written: {0}")]
-pub struct OutputError(#[from] io::Error);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the report can't be written: {errno}")]
+pub struct OutputError {
+    /// What `write(2)` left.
+    pub errno: Errno,
+}
 
 /// Flushes `out` after `written`. A reader that has closed its end has read what it wanted, so that
 /// is no error.
@@ -19,7 +23,9 @@ pub struct OutputError(#[from] io::Error);
 /// Those of writing, except `EPIPE`.
 pub(crate) fn finish(out: &mut dyn Write, written: io::Result<()>) -> Result<(), OutputError> {
     match written.and_then(|()| out.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(OutputError { errno: Errno::from(&error) })
+        }
         _ => Ok(()),
     }
 }
@@ -80,7 +86,8 @@ mod tests {
     fn a_reader_that_left_is_no_error() {
         let mut out = Vec::new();
         assert!(finish(&mut out, Err(ErrorKind::BrokenPipe.into())).is_ok());
-        let error = finish(&mut out, Err(ErrorKind::StorageFull.into())).unwrap_err();
-        assert!(error.to_string().starts_with("the report can't be written: "), "{error}");
+        let full = io::Error::from_raw_os_error(Errno::ENOSPC.0);
+        let error = finish(&mut out, Err(full)).unwrap_err();
+        assert!(error.to_string().starts_with("the report can't be written: ENOSPC"), "{error}");
     }
 }

@@ -4,7 +4,7 @@
 //! only explain why not, so a host that looks wrong but works is never called broken.
 
 use hv_core::init::{InitError, InitErrorKind, Step};
-use hv_core::{Errno, Error, OpenErrorKind, VcpuExit};
+use hv_core::{DeviceChoice, Errno, Error, OpenErrorKind, VcpuExit};
 
 use super::facts::HostFacts;
 use super::finding::{Finding, Status};
@@ -16,6 +16,9 @@ use super::{permission, shown};
 const LITTLE_MEMORY: u64 = 512 << 20;
 /// Fewer descriptors than this are worth a warning: a device takes several.
 const FEW_FILES: u64 = 256;
+
+/// Makes a character device only its owner and group may use.
+const MAKE_NODE: &str = "mknod -m 660";
 
 /// The findings, causes before effects.
 pub(super) fn diagnose(facts: &HostFacts) -> Vec<Finding> {
@@ -50,7 +53,7 @@ fn virtualization(facts: &HostFacts) -> Finding {
     const CHECK: &str = "virtualization";
     let Some(cpu) = facts.cpu else {
         let summary = "/proc/cpuinfo can't be read, so the CPU is not known".into();
-        let remedy = "mount /proc, then try again".into();
+        let remedy = "mount /proc where hv runs, and let it be read".into();
         return match blame(facts) {
             // It explains nothing, so it is not the failure.
             Status::Fail => Finding::warn(CHECK, summary, remedy),
@@ -147,17 +150,24 @@ fn device(facts: &HostFacts) -> Finding {
         Ok(()) => None,
     };
     let Some(error) = error else {
-        return Finding::ok(CHECK, format!("{path} opens for reading and writing"));
+        let state = match facts.device {
+            DeviceChoice::Path(_) => "opens for reading and writing",
+            DeviceChoice::Fd(_) => "is open, and is KVM",
+        };
+        return Finding::ok(CHECK, format!("{path} {state}"));
     };
     let why = error.errno.to_string();
     match error.kind() {
         OpenErrorKind::Missing => missing(facts, &path, &why),
         OpenErrorKind::NoPermission => permission::denied(facts, &why),
-        OpenErrorKind::NoDriver => Finding::fail(
-            CHECK,
-            format!("{path} is there, but no driver serves it: {why}"),
-            "see the lines above; the node works once the module is loaded",
-        ),
+        OpenErrorKind::NoDriver => {
+            let remedy = match facts.modules.driver() {
+                Some(_) => replace_node(&path),
+                None => "see the lines above; the node works once the module is loaded".into(),
+            };
+            let summary = format!("{path} is there, but no driver serves it: {why}");
+            Finding::fail(CHECK, summary, remedy)
+        }
         OpenErrorKind::NotKvm => not_kvm(facts, &path, error.errno),
         OpenErrorKind::BadDescriptor => Finding::fail(
             CHECK,
@@ -176,22 +186,33 @@ fn not_kvm(facts: &HostFacts, path: &str, errno: Errno) -> Finding {
         Some(Ok(node)) if !node.is_char_device => ", not even a character device",
         _ => "",
     };
-    Finding::fail(
-        "device",
-        format!("{path} is not KVM{what}: {errno}"),
-        "name KVM's node with --kvm, normally /dev/kvm",
+    let remedy = match facts.device == DeviceChoice::default() {
+        true => replace_node(path),
+        false => "name KVM's node with --kvm, normally /dev/kvm".into(),
+    };
+    Finding::fail("device", format!("{path} is not KVM{what}: {errno}"), remedy)
+}
+
+/// For a node that is there, but not KVM's.
+fn replace_node(path: &str) -> String {
+    format!(
+        "something else is in the place of KVM's node: in a container, pass the host's in (docker \
+         run --device /dev/kvm); else make it again: sudo rm {path} && sudo {MAKE_NODE} {path} c 10 232"
     )
 }
 
 fn missing(facts: &HostFacts, path: &str, why: &str) -> Finding {
-    let remedy = if facts.device != hv_core::DeviceChoice::default() {
-        "check the path given with --kvm; KVM's node is normally /dev/kvm"
-    } else if facts.container {
-        "if the host has it, pass it into the container: docker run --device /dev/kvm (podman alike)"
+    let remedy = if facts.device != DeviceChoice::default() {
+        "check the path given with --kvm; KVM's node is normally /dev/kvm".into()
     } else if facts.modules.driver().is_some() {
-        "the driver is there, so make the node: sudo mknod -m 660 /dev/kvm c 10 232 (udev normally does)"
+        format!(
+            "the driver is there: in a container, pass the node in (docker run --device /dev/kvm, \
+             podman alike); else make it, which udev normally does: sudo {MAKE_NODE} {path} c 10 232"
+        )
+    } else if facts.container {
+        "once the host has the node, pass it in: docker run --device /dev/kvm (podman alike)".into()
     } else {
-        "see the lines above; the node appears once the module is loaded"
+        "see the lines above; the node appears once the module is loaded".into()
     };
     Finding::fail("device", format!("{path} does not exist: {why}"), remedy)
 }

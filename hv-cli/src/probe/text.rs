@@ -21,11 +21,7 @@ pub(super) fn write(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     if let Some(init) = &report.init {
         write_init(init, out)?;
     }
-    writeln!(
-        out,
-        "\n{TITLE}{:<38}{:>8}  {:<8}{}{TITLE:#}",
-        "Capability", "value", "since", "asked on"
-    )?;
+    writeln!(out, "\n{TITLE}{:<38}{:>8}  since   asked on{TITLE:#}", "Capability", "value")?;
     report.capabilities.iter().try_for_each(|cap| write_capability(cap, out))?;
     if let Some(error) = &report.init_error {
         let red = AnsiColor::Red.on_default().bold();

@@ -1,9 +1,7 @@
 use super::super::facts::{Modules, Node, User};
 use super::*;
 use hv_core::init::Request;
-use hv_core::{
-    Call, Capability, DeviceChoice, INTERNAL_ERROR_EMULATION, InternalError, Ioctl, OpenError,
-};
+use hv_core::{Call, Capability, INTERNAL_ERROR_EMULATION, InternalError, Ioctl, OpenError};
 
 /// A host with everything as it should be, and user alice.
 fn good() -> HostFacts {
@@ -173,7 +171,7 @@ fn no_node_in_a_container() {
 #[test]
 fn no_node_though_the_driver_is_loaded() {
     let facts = HostFacts { node: Some(Err(Errno::ENOENT)), ..fails_to_open(Errno::ENOENT) };
-    fails(&facts, "device", &["mknod", "10 232"]);
+    fails(&facts, "device", &["mknod -m 660 /dev/kvm c 10 232", "docker run --device"]);
     says(&facts, "module", Status::Ok, &["kvm_intel"]);
 }
 
@@ -258,6 +256,8 @@ fn a_node_without_a_driver() {
         let facts = HostFacts { modules, ..fails_to_open(errno) };
         fails(&facts, "device", &["no driver serves it", errno.name().unwrap()]);
         fails(&facts, "module", &["kvm is not loaded"]);
+        let facts = fails_to_open(errno);
+        fails(&facts, "device", &["something else", "sudo rm /dev/kvm && sudo mknod"]);
     }
 }
 
@@ -274,7 +274,9 @@ fn other_errors_of_opening() {
 #[test]
 fn what_is_not_kvm() {
     let mut facts = fails_to_open(Errno::ENOTTY);
-    fails(&facts, "device", &["/dev/kvm is not KVM: ENOTTY", "--kvm"]);
+    fails(&facts, "device", &["/dev/kvm is not KVM: ENOTTY", "something else", "mknod"]);
+    facts.device = DeviceChoice::Path("/dev/null".into());
+    fails(&facts, "device", &["/dev/null is not KVM: ENOTTY", "--kvm"]);
     node(&mut facts).is_char_device = false;
     fails(&facts, "device", &["not even a character device"]);
     let error = Error::new(Ioctl::GetApiVersion, Errno::EINVAL);
