@@ -142,3 +142,290 @@ impl<V: IrqBackend> fmt::Debug for Batch<'_, V> {
         f.debug_struct("Batch").field("ops", &self.ops).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{GsiError, IrqRouter, LegacyPins, RouteError, RouterConfig};
+    use hv_core::mock::MockVm;
+    use hv_core::{Errno, Error, Ioctl};
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+    use std::sync::Mutex;
+
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Told {
+        Deassign(Gsi),
+        Table(usize),
+        Assign(Gsi),
+    }
+
+    /// A router over a mock that logs what it is told, and refuses what `refuse` says.
+    fn router(
+        gsi_count: u32,
+        refuse: impl Fn(Told) -> Option<Errno> + Clone + Send + 'static,
+    ) -> (IrqRouter<MockVm>, Arc<Mutex<Vec<Told>>>) {
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let tell = {
+            let log = log.clone();
+            move |told, ioctl| {
+                log.lock().unwrap().push(told);
+                refuse(told).map_or(Ok(()), |errno| Err(Error::new(ioctl, errno)))
+            }
+        };
+        let mut vm = MockVm::new();
+        vm.expect_drop().return_const(());
+        let tell_table = tell.clone();
+        vm.expect_set_gsi_routing()
+            .returning(move |routes| tell_table(Told::Table(routes.len()), Ioctl::SetGsiRouting));
+        let tell_assign = tell.clone();
+        vm.expect_irqfd_assign()
+            .returning(move |irqfd| tell_assign(Told::Assign(irqfd.gsi), Ioctl::Irqfd));
+        vm.expect_irqfd_deassign().returning(move |_, gsi| tell(Told::Deassign(gsi), Ioctl::Irqfd));
+        let config = RouterConfig { gsi_count, pins: LegacyPins::Kernel, inject_status: true };
+        let router = IrqRouter::new(Arc::new(vm), config).unwrap();
+        assert_eq!(taken(&log), [Told::Table(38)], "one ioctl for the default routes");
+        (router, log)
+    }
+
+    fn willing() -> (IrqRouter<MockVm>, Arc<Mutex<Vec<Told>>>) {
+        router(4096, |_| None)
+    }
+
+    fn taken(log: &Mutex<Vec<Told>>) -> Vec<Told> {
+        std::mem::take(&mut log.lock().unwrap())
+    }
+
+    fn msi(data: u32) -> Msi {
+        Msi { address: 0xfee0_0000, data, device: None }
+    }
+
+    fn event() -> Arc<OwnedFd> {
+        Arc::new(File::open("/dev/null").unwrap().into())
+    }
+
+    fn add(router: &IrqRouter<MockVm>, n: u32) -> Vec<MsiRoute<MockVm>> {
+        router.batch(|batch| (0..n).map(|i| batch.add_msi(msi(i))).collect()).unwrap()
+    }
+
+    #[test]
+    fn any_number_of_changes_is_one_ioctl_and_none_is_none() {
+        let (router, log) = willing();
+        for n in [1, 8, 256, 2048] {
+            let routes = add(&router, n);
+            assert_eq!(taken(&log), [Told::Table(38 + n as usize)]);
+            router
+                .batch(|batch| routes.iter().try_for_each(|route| batch.set_msi(route, msi(9999))))
+                .unwrap();
+            assert_eq!(taken(&log).len(), 1);
+            router
+                .batch(|batch| routes.iter().try_for_each(|route| batch.set_msi(route, msi(9999))))
+                .unwrap();
+            router.batch(|_| Ok(())).unwrap();
+            assert_eq!(taken(&log), [], "nothing changed");
+            router
+                .batch(|batch| routes.into_iter().try_for_each(|route| batch.remove(route)))
+                .unwrap();
+            assert_eq!(taken(&log), [Told::Table(38)]);
+            assert!(router.allocated().is_empty());
+        }
+    }
+
+    #[test]
+    fn what_cancels_out_is_no_change() {
+        let (router, log) = willing();
+        let [route]: [_; 1] = add(&router, 1).try_into().unwrap();
+        let event = event();
+        router.batch(|batch| batch.bind(&route, event.clone())).unwrap();
+        taken(&log);
+        router
+            .batch(|batch| {
+                batch.unbind(&route)?;
+                batch.set_msi(&route, msi(7))?;
+                batch.set_msi(&route, msi(0))?;
+                batch.bind(&route, event.clone())?;
+                let short_lived = batch.add_msi(msi(1))?;
+                batch.remove(short_lived)
+            })
+            .unwrap();
+        assert_eq!(taken(&log), []);
+        assert_eq!(router.allocated(), [route.gsi()]);
+    }
+
+    #[test]
+    fn irqfds_are_unbound_before_the_table_and_bound_after_it() {
+        let (router, log) = willing();
+        let mut routes = add(&router, 3);
+        router.batch(|batch| batch.bind(&routes[0], event())).unwrap();
+        assert_eq!(taken(&log)[1..], [Told::Assign(Gsi(24))], "the table is the same");
+        router
+            .batch(|batch| {
+                batch.bind(&routes[1], event())?;
+                batch.set_msi(&routes[1], msi(0x99))?;
+                batch.unbind(&routes[0])
+            })
+            .unwrap();
+        assert_eq!(taken(&log), [Told::Deassign(Gsi(24)), Told::Table(41), Told::Assign(Gsi(25))]);
+        drop(routes.remove(1));
+        assert_eq!(taken(&log), [Told::Deassign(Gsi(25)), Told::Table(40)]);
+    }
+
+    #[test]
+    fn an_eventfd_raises_one_gsi_and_a_route_has_one_eventfd() {
+        let (router, log) = willing();
+        let routes = add(&router, 2);
+        let event = event();
+        router.batch(|batch| batch.bind(&routes[0], event.clone())).unwrap();
+        taken(&log);
+        let fd = event.as_raw_fd();
+        let twice = router.batch(|batch| batch.bind(&routes[1], event.clone()));
+        assert_eq!(twice, Err(RouterError::EventInUse { fd, gsi: Gsi(24) }));
+        let second = router.batch(|batch| batch.bind(&routes[0], self::event()));
+        assert_eq!(second, Err(RouterError::RouteBound { gsi: Gsi(24), fd }));
+        assert_eq!(taken(&log), [], "KVM was not asked");
+        router
+            .batch(|batch| {
+                batch.unbind(&routes[0])?;
+                batch.bind(&routes[1], event.clone())
+            })
+            .unwrap();
+        assert_eq!(taken(&log), [Told::Deassign(Gsi(24)), Told::Assign(Gsi(25))]);
+    }
+
+    #[test]
+    fn a_refused_table_is_rolled_back_exactly() {
+        let full = Told::Table(41);
+        let (router, log) = router(4096, move |told| (told == full).then_some(Errno::ENOMEM));
+        let routes = add(&router, 2);
+        router.batch(|batch| batch.bind(&routes[0], event())).unwrap();
+        taken(&log);
+        let (table, irqfds) = (router.routes(), router.irqfds());
+        let error = router
+            .batch(|batch| {
+                batch.unbind(&routes[0])?;
+                batch.bind(&routes[1], event())?;
+                batch.add_msi(msi(5))
+            })
+            .unwrap_err();
+        assert_eq!(error, RouterError::Kvm(Error::new(Ioctl::SetGsiRouting, Errno::ENOMEM)));
+        assert_eq!(taken(&log), [Told::Deassign(Gsi(24)), full, Told::Assign(Gsi(24))]);
+        assert_eq!((router.routes(), router.irqfds()), (table, irqfds));
+        assert_eq!(router.allocated(), [Gsi(24), Gsi(25)], "that of the new route is free again");
+        router.batch(|batch| batch.set_msi(&routes[1], msi(6))).unwrap();
+        assert_eq!(taken(&log), [Told::Table(40)], "the next good batch works");
+    }
+
+    #[test]
+    fn a_refused_irqfd_takes_the_table_back_with_it() {
+        let refused = Told::Assign(Gsi(26));
+        let (router, log) = router(4096, move |told| (told == refused).then_some(Errno::EBUSY));
+        let routes = add(&router, 2);
+        taken(&log);
+        let before = router.routes();
+        let error = router
+            .batch(|batch| {
+                let new = batch.add_msi(msi(5))?;
+                batch.bind(&routes[0], event())?;
+                batch.bind(&new, event())?;
+                Ok(new)
+            })
+            .unwrap_err();
+        assert_eq!(error, RouterError::Kvm(Error::new(Ioctl::Irqfd, Errno::EBUSY)));
+        assert_eq!(
+            taken(&log),
+            [
+                Told::Table(41),
+                Told::Assign(Gsi(24)),
+                refused,
+                Told::Deassign(Gsi(24)),
+                Told::Table(40)
+            ]
+        );
+        assert_eq!(router.routes(), before);
+        assert!(router.irqfds().is_empty());
+    }
+
+    #[test]
+    fn a_route_that_kvm_keeps_is_removed_by_the_next_commit() {
+        let refusals = Arc::new(Mutex::new(1));
+        let (router, log) = router(4096, move |told| {
+            let mut left = refusals.lock().unwrap();
+            let refuse = matches!(told, Told::Deassign(_)) && *left > 0;
+            *left -= i32::from(refuse);
+            refuse.then_some(Errno::ENOMEM)
+        });
+        let mut routes = add(&router, 2);
+        let event = event();
+        router.batch(|batch| batch.bind(&routes[0], event.clone())).unwrap();
+        taken(&log);
+        drop(routes.remove(0));
+        assert_eq!(taken(&log), [Told::Deassign(Gsi(24))]);
+        assert_eq!(router.allocated(), [Gsi(24), Gsi(25)], "not given to anybody meanwhile");
+        assert_eq!(Arc::strong_count(&event), 2, "kept open");
+        router.batch(|batch| batch.set_msi(&routes[0], msi(5))).unwrap();
+        assert_eq!(taken(&log), [Told::Deassign(Gsi(24)), Told::Table(39)]);
+        assert_eq!(router.allocated(), [Gsi(25)]);
+        assert_eq!(Arc::strong_count(&event), 1);
+    }
+
+    #[test]
+    fn both_limits_are_met_when_a_route_is_asked_for() {
+        // As many GSIs as entries: the 38 legacy entries on 23 GSIs fill the table first.
+        let (router, log) = router(64, |_| None);
+        let routes = add(&router, 64 - 38);
+        taken(&log);
+        let error = router.batch(|batch| batch.add_msi(msi(1))).unwrap_err();
+        assert_eq!(error, RouterError::Route(RouteError::TableFull { limit: 64 }));
+        assert_eq!(taken(&log), []);
+        drop(routes);
+        assert!(router.allocated().is_empty());
+
+        let mut vm = MockVm::new();
+        vm.expect_drop().return_const(());
+        let pins = LegacyPins::Userspace;
+        let config = RouterConfig { gsi_count: 24, pins, inject_status: true };
+        let split = IrqRouter::new(Arc::new(vm), config).unwrap();
+        let error = split.batch(|batch| batch.add_msi(msi(1))).unwrap_err();
+        assert_eq!(error, RouterError::Route(RouteError::TableFull { limit: 24 }));
+        assert_ne!(error, RouterError::Gsi(GsiError::Exhausted { count: 24 }));
+    }
+
+    #[test]
+    fn handles_may_go_while_a_batch_is_open() {
+        let (router, log) = willing();
+        let mut routes = add(&router, 3);
+        taken(&log);
+        router
+            .batch(|batch| {
+                let named = routes.remove(0);
+                batch.set_msi(&named, msi(7))?;
+                drop(named); // stays its GSI's owner until the batch is through
+                drop(routes.remove(0)); // goes at once
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(taken(&log), [Told::Table(40), Told::Table(40), Told::Table(39)]);
+        assert_eq!(router.allocated(), [Gsi(26)]);
+    }
+
+    #[test]
+    fn nothing_is_undone_for_a_vm_that_goes_anyway() {
+        let (router, log) = willing();
+        let routes = add(&router, 100);
+        taken(&log);
+        drop(router);
+        drop(routes);
+        assert_eq!(taken(&log), []);
+    }
+
+    #[test]
+    fn a_route_is_of_its_own_router() {
+        let (router, _) = willing();
+        let (other, log) = willing();
+        let routes = add(&other, 1);
+        taken(&log);
+        let error = router.batch(|batch| batch.set_msi(&routes[0], msi(5))).unwrap_err();
+        assert_eq!(error, RouterError::ForeignRoute(Gsi(24)));
+        assert_eq!(taken(&log), []);
+    }
+}

@@ -178,3 +178,74 @@ impl<V: IrqBackend> fmt::Debug for IrqRouter<V> {
         f.debug_struct("IrqRouter").field("config", &self.shared.config).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hv_core::mock::MockVm;
+    use hv_core::{Errno, Ioctl};
+
+    fn vm() -> MockVm {
+        let mut vm = MockVm::new();
+        vm.expect_drop().return_const(());
+        vm
+    }
+
+    fn config(pins: LegacyPins) -> RouterConfig {
+        RouterConfig { gsi_count: 4096, pins, inject_status: true }
+    }
+
+    #[test]
+    fn a_kernel_irqchip_starts_with_the_routes_of_a_pc_in_one_ioctl() {
+        let mut vm = vm();
+        let defaults: Vec<Route> = pc_default_routes().collect();
+        vm.expect_set_gsi_routing().withf(move |r| r == defaults).once().returning(|_| Ok(()));
+        let router = IrqRouter::new(Arc::new(vm), config(LegacyPins::Kernel)).unwrap();
+        assert_eq!(router.routes().len(), 38);
+        assert!(router.allocated().is_empty() && router.irqfds().is_empty());
+    }
+
+    #[test]
+    fn a_split_irqchip_starts_with_none() {
+        let router = IrqRouter::new(Arc::new(vm()), config(LegacyPins::Userspace)).unwrap();
+        assert!(router.routes().is_empty());
+        assert_eq!(
+            router.set_line(Gsi(4), true),
+            Err(RouterError::NoKernelLine(Gsi(4))),
+            "KVM would take the line for a message that ignores the mask"
+        );
+    }
+
+    #[test]
+    fn too_few_gsis_and_a_refusal_are_errors() {
+        for (gsi_count, pins, needed) in [
+            (37, LegacyPins::Kernel, 38),
+            (0, LegacyPins::Kernel, 38),
+            (23, LegacyPins::Userspace, 24),
+        ] {
+            let config = RouterConfig { gsi_count, ..config(pins) };
+            let error = IrqRouter::new(Arc::new(vm()), config).unwrap_err();
+            assert_eq!(error, RouterError::TooFewGsis { count: gsi_count, needed });
+        }
+        let mut vm = vm();
+        let refused = Error::new(Ioctl::SetGsiRouting, Errno::EINVAL);
+        vm.expect_set_gsi_routing().returning(move |_| Err(refused));
+        let error = IrqRouter::new(Arc::new(vm), config(LegacyPins::Kernel)).unwrap_err();
+        assert_eq!(error, RouterError::Kvm(refused));
+    }
+
+    #[test]
+    fn a_line_is_set_by_what_the_kernel_has() {
+        for inject_status in [true, false] {
+            let mut vm = vm();
+            vm.expect_set_gsi_routing().returning(|_| Ok(()));
+            let (with, without) = if inject_status { (1, 0) } else { (0, 1) };
+            vm.expect_irq_line_status().times(with).returning(|_, _| Ok(LineStatus::Coalesced));
+            vm.expect_irq_line().times(without).returning(|_, _| Ok(()));
+            let config = RouterConfig { inject_status, ..config(LegacyPins::Kernel) };
+            let router = IrqRouter::new(Arc::new(vm), config).unwrap();
+            let status = router.set_line(Gsi(4), true).unwrap();
+            assert_eq!(status, inject_status.then_some(LineStatus::Coalesced));
+        }
+    }
+}

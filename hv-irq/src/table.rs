@@ -236,3 +236,109 @@ fn with_pin(
     }
     Ok(Targets::Pins(pins))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hv_core::Msi;
+
+    fn pin(gsi: u32, chip: IrqchipId, pin: u32) -> Route {
+        Route { gsi: Gsi(gsi), target: RouteTarget::Pin { chip, pin } }
+    }
+
+    fn msi(gsi: u32, data: u32) -> Route {
+        let msi = Msi { address: 0xfee0_0000, data, device: None };
+        Route { gsi: Gsi(gsi), target: RouteTarget::Msi(msi) }
+    }
+
+    fn table() -> RoutingTable {
+        RoutingTable::new(4096, 4096, true)
+    }
+
+    #[test]
+    fn takes_what_kvm_takes() {
+        let device = Msi { address: 0, data: 0, device: Some(7) };
+        let legal = [
+            pin(5, IrqchipId::PIC_MASTER, 5),
+            pin(5, IrqchipId::IOAPIC, 5),
+            pin(6, IrqchipId::IOAPIC, 5), // two GSIs on one pin
+            pin(7, IrqchipId::IOAPIC, 23),
+            pin(8, IrqchipId::PIC_SLAVE, 7),
+            msi(3, 0x41),
+            msi(4095, 0),
+            Route { gsi: Gsi(100), target: RouteTarget::Msi(device) },
+            Route { gsi: Gsi(101), target: RouteTarget::HypervSint { vcpu: 0, sint: 2 } },
+        ];
+        let mut table = table();
+        for route in legal {
+            table.insert(route).unwrap();
+        }
+        let mut routes = table.routes();
+        routes.sort_unstable();
+        let mut expected = legal.to_vec();
+        expected.sort_unstable();
+        assert_eq!(routes, expected);
+        assert_eq!(table.len() as usize, legal.len());
+    }
+
+    #[test]
+    fn refuses_what_kvm_refuses_and_stays_as_it_was() {
+        let mut table = table();
+        for route in [pin(5, IrqchipId::PIC_MASTER, 5), pin(5, IrqchipId::IOAPIC, 5), msi(30, 1)] {
+            table.insert(route).unwrap();
+        }
+        let before = table.routes();
+        let conflict = |gsi| RouteError::Conflict { gsi: Gsi(gsi) };
+        let no_pin = |chip, pin| RouteError::NoSuchPin { chip, pin };
+        for (route, error) in [
+            (msi(30, 2), conflict(30)),
+            (pin(30, IrqchipId::IOAPIC, 1), conflict(30)),
+            (msi(5, 1), conflict(5)),
+            (pin(5, IrqchipId::IOAPIC, 6), conflict(5)),
+            (pin(6, IrqchipId::IOAPIC, 24), no_pin(IrqchipId::IOAPIC, 24)),
+            (pin(6, IrqchipId::PIC_MASTER, 8), no_pin(IrqchipId::PIC_MASTER, 8)),
+            (pin(6, IrqchipId::PIC_SLAVE, 8), no_pin(IrqchipId::PIC_SLAVE, 8)),
+            (pin(6, IrqchipId(3), 0), no_pin(IrqchipId(3), 0)),
+            (msi(4096, 1), RouteError::GsiOutOfRange { gsi: Gsi(4096), count: 4096 }),
+            (msi(u32::MAX, 1), RouteError::GsiOutOfRange { gsi: Gsi(u32::MAX), count: 4096 }),
+        ] {
+            assert_eq!(table.insert(route), Err(error), "{route:?}");
+            assert_eq!(table.routes(), before, "{route:?}");
+        }
+    }
+
+    #[test]
+    fn a_split_irqchip_has_no_pins_in_the_kernel() {
+        let mut split = RoutingTable::new(4096, 4096, false);
+        let error = split.insert(pin(5, IrqchipId::IOAPIC, 5)).unwrap_err();
+        assert_eq!(error, RouteError::PinInSplitMode { gsi: Gsi(5) });
+        split.insert(msi(5, 1)).unwrap();
+    }
+
+    #[test]
+    fn entries_are_limited_apart_from_gsis() {
+        let mut table = RoutingTable::new(4096, 3, true);
+        table.insert(pin(0, IrqchipId::PIC_MASTER, 0)).unwrap();
+        table.insert(pin(0, IrqchipId::IOAPIC, 2)).unwrap();
+        table.insert(msi(24, 1)).unwrap();
+        assert_eq!(table.insert(msi(25, 1)), Err(RouteError::TableFull { limit: 3 }));
+        assert_eq!(
+            table.insert(pin(0, IrqchipId::PIC_SLAVE, 0)),
+            Err(RouteError::TableFull { limit: 3 })
+        );
+        table.replace(msi(24, 2)).unwrap();
+        assert_eq!(table.remove(Gsi(0)), 2, "all entries of a GSI at once");
+        assert_eq!(table.remove(Gsi(0)), 0, "and once");
+        assert_eq!(table.routes(), [msi(24, 2)]);
+    }
+
+    #[test]
+    fn a_replacement_that_is_refused_changes_nothing() {
+        let mut table = table();
+        table.insert(msi(24, 1)).unwrap();
+        table.replace(pin(24, IrqchipId::IOAPIC, 99)).unwrap_err();
+        assert_eq!(table.routes(), [msi(24, 1)]);
+        table.replace(msi(5000, 1)).unwrap_err();
+        assert_eq!(table.len(), 1);
+    }
+}
