@@ -70,10 +70,9 @@ struct RunArgs {
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
 
-    /// Kernel command line
+    /// Kernel command line [default for Linux: console=ttyS0 reboot=k panic=-1]
     #[arg(long, value_name = "TEXT", requires = "kernel")]
-    #[arg(default_value = "console=ttyS0 reboot=k panic=-1", hide_default_value = false)]
-    cmdline: String,
+    cmdline: Option<String>,
 
     /// What the kernel is
     #[arg(long, value_enum, default_value_t, requires = "kernel")]

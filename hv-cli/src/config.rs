@@ -38,8 +38,8 @@ pub struct KernelConfig {
     pub format: Format,
     /// The initial RAM disk, or the multiboot module.
     pub initrd: Option<PathBuf>,
-    /// The kernel command line.
-    pub cmdline: String,
+    /// The kernel command line; without one the loader chooses by the kernel's kind.
+    pub cmdline: Option<String>,
 }
 
 /// Where the interrupt controllers of the machine are.

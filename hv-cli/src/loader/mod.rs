@@ -12,7 +12,7 @@
 //! let map = MemoryMap::new(memory, &[]);
 //! let request = LoadRequest {
 //!     format: Format::Auto,
-//!     cmdline: "console=ttyS0",
+//!     cmdline: Some("console=ttyS0"),
 //!     initrd: None,
 //!     map: &map,
 //!     rsdp: None,
@@ -66,6 +66,10 @@ use linux::BootInfo;
 use multiboot::Multiboot;
 use space::Space;
 
+/// The command line of a Linux kernel that is given none: its console is COM1, and a panic ends
+/// the VM instead of hanging it.
+pub const LINUX_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
+
 /// The longest command line passed to a kernel that sets no limit itself, without the NUL.
 const CMDLINE_LIMIT: usize = 4095;
 
@@ -74,8 +78,9 @@ const CMDLINE_LIMIT: usize = 4095;
 pub struct LoadRequest<'a> {
     /// What the kernel is, or [`Format::Auto`].
     pub format: Format,
-    /// The kernel command line; empty for none.
-    pub cmdline: &'a str,
+    /// The kernel command line. Without one, Linux gets [`LINUX_CMDLINE`], any other kernel an
+    /// empty one.
+    pub cmdline: Option<&'a str>,
     /// The initial RAM disk, or the multiboot module.
     pub initrd: Option<&'a Image>,
     /// The map of the guest memory that is loaded into.
@@ -129,8 +134,8 @@ fn load_bzimage<M: GuestMemoryBackend>(
     request: &LoadRequest<'_>,
 ) -> Result<BootState, Problem> {
     let entered = image.load(kernel, space)?;
-    let info =
-        put_extras(space, request, request.cmdline, image.cmdline_limit(), image.initrd_end())?;
+    let cmdline = request.cmdline.unwrap_or(LINUX_CMDLINE);
+    let info = put_extras(space, request, cmdline, image.cmdline_limit(), image.initrd_end())?;
     let params = linux::put_boot_params(space, image.header(), &info)?;
     boot_state(space, entered, params, info)
 }
@@ -146,7 +151,8 @@ fn load_linux<M: GuestMemoryBackend>(
     }
     let entry = elf.entry()?;
     let entered = Entered { protocol: Protocol::Linux64, entry, kernel: elf.load(kernel, space)? };
-    let info = put_extras(space, request, request.cmdline, linux::CMDLINE_LIMIT, u64::MAX)?;
+    let cmdline = request.cmdline.unwrap_or(LINUX_CMDLINE);
+    let info = put_extras(space, request, cmdline, linux::CMDLINE_LIMIT, u64::MAX)?;
     let params = linux::put_boot_params(space, linux::synthetic_header(), &info)?;
     boot_state(space, entered, params, info)
 }
@@ -159,8 +165,9 @@ fn load_pvh<M: GuestMemoryBackend>(
 ) -> Result<BootState, Problem> {
     let entry = elf.pvh_entry()?;
     let entered = Entered { protocol: Protocol::Pvh, entry, kernel: elf.load(kernel, space)? };
-    let limit = if elf.is_linux { linux::CMDLINE_LIMIT } else { CMDLINE_LIMIT };
-    let info = put_extras(space, request, request.cmdline, limit, u64::MAX)?;
+    let (default, limit) =
+        if elf.is_linux { (LINUX_CMDLINE, linux::CMDLINE_LIMIT) } else { ("", CMDLINE_LIMIT) };
+    let info = put_extras(space, request, request.cmdline.unwrap_or(default), limit, u64::MAX)?;
     let start_info = pvh::put_start_info(space, &info)?;
     boot_state(space, entered, start_info, info)
 }
@@ -175,7 +182,7 @@ fn load_multiboot<M: GuestMemoryBackend>(
     let entered = header.load(kernel, is_elf, space)?;
     // By convention the first word is the program, as for any C program.
     let program = Path::new(kernel.name()).file_name().unwrap_or_default().to_string_lossy();
-    let cmdline = format!("{program} {}", request.cmdline);
+    let cmdline = format!("{program} {}", request.cmdline.unwrap_or_default());
     let info = put_extras(space, request, cmdline.trim_end(), CMDLINE_LIMIT, u64::MAX)?;
     let information = multiboot::put_info(space, &info)?;
     boot_state(space, entered, information, info)
@@ -188,7 +195,7 @@ fn load_flat<M: GuestMemoryBackend>(
     request: &LoadRequest<'_>,
 ) -> Result<BootState, Problem> {
     let given =
-        [(request.initrd.is_some(), "an initrd"), (!request.cmdline.is_empty(), "a command line")];
+        [(request.initrd.is_some(), "an initrd"), (request.cmdline.is_some(), "a command line")];
     if let Some(&(_, what)) = given.iter().find(|(given, _)| *given) {
         return Err(Problem::FlatTakesNothing { what });
     }

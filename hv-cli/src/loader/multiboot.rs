@@ -240,7 +240,7 @@ mod tests {
         let map = MemoryMap::new(&memory, &[]);
         let request = LoadRequest {
             format: Format::Auto,
-            cmdline: "-v 3",
+            cmdline: Some("-v 3"),
             initrd: Some(&module),
             map: &map,
             rsdp: None,

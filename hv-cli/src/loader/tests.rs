@@ -12,17 +12,18 @@ const RSDP: GuestAddress = GuestAddress(0xe_0000);
 const RESERVED: Range<u64> = 0xfeff_c000..0xff00_0000;
 
 /// Loads into `memory` with an initrd of `initrd` bytes and a command line.
-fn boot_with(
+fn boot_with<'a>(
     memory: &GuestMemoryMmap,
     format: Format,
     kernel: &[u8],
     initrd: usize,
-    cmdline: &str,
+    cmdline: impl Into<Option<&'a str>>,
 ) -> Result<BootState, LoadError> {
     let pattern = (0..initrd).map(|at| (at % 253) as u8).collect();
     let initrd = Image::from_bytes("/boot/initrd", pattern).unwrap();
     let map = MemoryMap::new(memory, &[RESERVED]);
     let rsdp = Some(RSDP);
+    let cmdline = cmdline.into();
     let request = LoadRequest { format, cmdline, initrd: Some(&initrd), map: &map, rsdp };
     load(memory, &image(kernel), &request)
 }
@@ -150,14 +151,40 @@ fn pvh_finds_everything_in_its_start_info() {
 }
 
 #[test]
+fn only_linux_has_a_default_command_line() {
+    let linux_pvh = [linux_note(), pvh_note(0x100_0000)].concat();
+    let mut multiboot = ElfImage::new_32(Vec::new());
+    multiboot.code[..32].copy_from_slice(&multiboot_header(0, [0; 5]));
+    // Kernel, format, offset of the command line's address in what is passed, the command line.
+    for (kernel, format, field, expected) in [
+        (ElfImage::new(linux_note()).build(), Format::Linux64, 0x228, LINUX_CMDLINE),
+        (BzImageFile::new(SAMPLE_GZIP).build(), Format::BzImage, 0x228, LINUX_CMDLINE),
+        (ElfImage::new(linux_pvh).build(), Format::Pvh, 24, LINUX_CMDLINE),
+        (ElfImage::new(pvh_note(0x100_0000)).build(), Format::Pvh, 24, ""),
+        (multiboot.build(), Format::Multiboot, 16, "kernel"),
+    ] {
+        let memory = memory(32);
+        let boot = load_plain(&memory, format, &kernel).unwrap();
+        let at: u32 = memory.read_obj(GuestAddress(boot.info + field)).unwrap();
+        assert_eq!(string_at(&memory, at.into()), expected, "{format}");
+    }
+}
+
+#[test]
 fn a_flat_binary_is_entered_where_it_is_loaded() {
     let memory = memory(2);
     let boot = load_plain(&memory, Format::Flat, b"\xfa\xf4").unwrap();
     assert_eq!((boot.mode, boot.entry, boot.info), (CpuMode::Real, 0x1_0000, 0));
     assert_eq!(bytes_at(&memory, 0x1_0000, 2), b"\xfa\xf4");
     assert!(matches!(problem(Format::Flat, &[0; 0xa_0000]), Problem::Place(_)));
-    let given = boot_with(&memory, Format::Flat, b"\xf4", 1, "").unwrap_err();
+    let given = boot_with(&memory, Format::Flat, b"\xf4", 1, None).unwrap_err();
     assert_eq!(given.problem, Problem::FlatTakesNothing { what: "an initrd" });
+    let map = MemoryMap::new(&memory, &[]);
+    let cmdline = Some("quiet");
+    let request =
+        LoadRequest { format: Format::Flat, cmdline, initrd: None, map: &map, rsdp: None };
+    let given = load(&memory, &image(b"\xf4"), &request).unwrap_err();
+    assert_eq!(given.problem, Problem::FlatTakesNothing { what: "a command line" });
 }
 
 #[test]
@@ -186,7 +213,7 @@ fn what_does_not_fit_is_named_with_both_sizes() {
     assert!(text.contains("18874368") && text.contains("15728640"), "{text}");
 
     let long = "x".repeat(2048);
-    let error = boot_with(&memory(20), Format::Auto, &kernel, 1, &long).unwrap_err();
+    let error = boot_with(&memory(20), Format::Auto, &kernel, 1, &*long).unwrap_err();
     assert_eq!(error.problem, Problem::CmdlineTooLong { len: 2048, limit: 2047 });
     assert!(boot_with(&memory(20), Format::Auto, &kernel, 1, &long[..2047]).is_ok());
     let short = BzImageFile { cmdline_size: 10, ..BzImageFile::new(SAMPLE_GZIP) }.build();
@@ -194,7 +221,7 @@ fn what_does_not_fit_is_named_with_both_sizes() {
     assert_eq!(error.problem, Problem::CmdlineTooLong { len: 11, limit: 10 });
     let unlimited = BzImageFile { cmdline_size: u32::MAX, ..BzImageFile::new(SAMPLE_GZIP) }.build();
     let long = "x".repeat(1 << 20);
-    let error = boot_with(&memory(20), Format::Auto, &unlimited, 1, &long).unwrap_err();
+    let error = boot_with(&memory(20), Format::Auto, &unlimited, 1, &*long).unwrap_err();
     assert!(matches!(
         error.problem,
         Problem::Place(PlaceError::NoRoom { part: Part::Cmdline, .. })
@@ -211,7 +238,7 @@ fn more_ranges_than_the_boot_parameters_hold_are_an_error() {
         (0..200).map(|at| (20 * MIB + at * 8192)..(20 * MIB + at * 8192 + 1)).collect();
     let map = MemoryMap::new(&memory, &reserved);
     let request =
-        LoadRequest { format: Format::Auto, cmdline: "", initrd: None, map: &map, rsdp: None };
+        LoadRequest { format: Format::Auto, cmdline: None, initrd: None, map: &map, rsdp: None };
     let error = load(&memory, &image(&ElfImage::new(linux_note()).build()), &request).unwrap_err();
     assert!(matches!(error.problem, Problem::TooManyRanges { limit: 128, .. }), "{error}");
 }
@@ -257,7 +284,7 @@ fn check_hostile(format: Format, kernel: &[u8]) {
     let map = MemoryMap::new(&memory, &[]);
     let initrd = Image::from_bytes("initrd", vec![1; 5000]).unwrap();
     let initrd = (format != Format::Flat).then_some(&initrd);
-    let cmdline = if format == Format::Flat { "" } else { "quiet" };
+    let cmdline = (format != Format::Flat).then_some("quiet");
     let request = LoadRequest { format, cmdline, initrd, map: &map, rsdp: Some(RSDP) };
     let Ok(boot) = load(&memory, &image(kernel), &request) else { return };
     assert!(boot.kernel.contains(&boot.entry), "{boot:?}");

@@ -333,7 +333,7 @@ fn load(
     let rsdp = acpi::build(ram.memory(), &acpi)?;
     let request = LoadRequest {
         format: kernel.format,
-        cmdline: &kernel.cmdline,
+        cmdline: kernel.cmdline.as_deref(),
         initrd: images.initrd.as_ref(),
         map: &map,
         rsdp: Some(rsdp),
