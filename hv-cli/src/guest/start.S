@@ -131,5 +131,7 @@ guest_checks:
     .word guest_ioeventfd - hv_guest_image
     .word guest_second_vcpu - hv_guest_image
     .word guest_ipi - hv_guest_image
-// Fails to assemble if there is code without a check; a check without code leads to offset 0.
+guest_checks_end:
+// Neither assembles if the table has another length: .org does not go back.
 .org guest_checks + 2 * {check_count}
+.org guest_checks_end
