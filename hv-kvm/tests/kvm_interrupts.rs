@@ -50,8 +50,8 @@ fn msi_route(gsi: u32, vector: u8) -> Route {
 }
 
 /// A vCPU whose local APIC takes interrupts.
-fn vcpu_with_apic(vm: &KvmVm) -> KvmVcpu {
-    let vcpu = vm.create_vcpu(0).unwrap();
+fn vcpu_with_apic(vm: &KvmVm, id: u32) -> KvmVcpu {
+    let vcpu = vm.create_vcpu(id).unwrap();
     let mut lapic = vcpu.lapic().unwrap();
     // Spurious interrupt vector register: enabled, vector 0xff.
     (lapic.regs[0xf0], lapic.regs[0xf1]) = (0xffu8 as i8, 0x01);
@@ -106,7 +106,7 @@ fn a_table_of_any_length_is_judged_by_kvm() {
 fn a_message_is_delivered_or_has_no_target() {
     let vm = vm_with_irqchip();
     assert_eq!(vm.signal_msi(message(0x41)), Ok(MsiStatus::NoTarget), "no vCPU yet");
-    let vcpu = vcpu_with_apic(&vm);
+    let vcpu = vcpu_with_apic(&vm, 0);
     assert!(!requested(&vcpu, 0x41));
     assert_eq!(vm.signal_msi(message(0x41)), Ok(MsiStatus::Delivered));
     assert!(requested(&vcpu, 0x41));
@@ -118,7 +118,7 @@ fn a_message_is_delivered_or_has_no_target() {
 #[test]
 fn an_irqfd_delivers_through_its_route() {
     let vm = vm_with_irqchip();
-    let vcpu = vcpu_with_apic(&vm);
+    let vcpu = vcpu_with_apic(&vm, 0);
     vm.set_gsi_routing(&[msi_route(24, 0x51)]).unwrap();
     let event = eventfd();
     let irqfd = Irqfd { fd: event.as_raw_fd(), gsi: Gsi(24), resample: None };
@@ -167,7 +167,7 @@ fn a_resample_irqfd_needs_the_full_irqchip() {
 fn a_line_says_what_became_of_it() {
     let vm = vm_with_irqchip();
     assert_eq!(vm.irq_line_status(Gsi(2000), true), Ok(LineStatus::Ignored), "not routed");
-    let vcpu = vcpu_with_apic(&vm);
+    let vcpu = vcpu_with_apic(&vm, 0);
     // I/O APIC redirection entry 20: vector 0x61, edge, fixed, to APIC 0, not masked.
     let mut ioapic = vm.irqchip(IrqchipId::IOAPIC.0).unwrap();
     set_redirection(&mut ioapic, 20, 0x61);
@@ -282,17 +282,14 @@ fn a_vcpu_that_waits_to_be_started_runs_on_when_it_is() {
     let (vm, _memory) = vm_with(&[0xe6, 0x42, 0xf4], 1); // out 0x42, al
     vm.create_irqchip().unwrap();
     let _boot = vm.create_vcpu(0).unwrap();
-    let mut second = vm.create_vcpu(1).unwrap();
+    let mut second = vcpu_with_apic(&vm, 1);
     let waiting = kvm_bindings::KVM_MP_STATE_UNINITIALIZED;
     assert_eq!(second.mp_state().unwrap().mp_state, waiting);
-    std::thread::scope(|scope| {
-        let run = scope.spawn(|| next_exit(&mut second));
-        // Delivery modes INIT and start-up, to local APIC 1; the vector is the page of the code.
-        let message = |data| Msi { address: 0xfee0_1000, data, device: None };
-        assert_eq!(vm.signal_msi(message(0x500)), Ok(MsiStatus::Delivered));
-        assert_eq!(vm.signal_msi(message(0x601)), Ok(MsiStatus::Delivered));
-        let exit = run.join().unwrap();
-        assert!(matches!(exit, VcpuExit::Io(io) if io.port == 0x42), "{exit:?}");
-    });
+    // Delivery modes INIT and start-up, to local APIC 1; the vector is the page of the code.
+    let message = |data| Msi { address: 0xfee0_1000, data, device: None };
+    assert_eq!(vm.signal_msi(message(0x500)), Ok(MsiStatus::Delivered));
+    assert_eq!(vm.signal_msi(message(0x601)), Ok(MsiStatus::Delivered));
+    let exit = next_exit(&mut second);
+    assert!(matches!(exit, VcpuExit::Io(io) if io.port == 0x42), "{exit:?}");
     assert_eq!(second.sregs().unwrap().cs.base, CODE);
 }
