@@ -18,12 +18,13 @@ use vmm_sys_util::signal::{block_signal, unblock_signal};
 /// The escape key, Ctrl-A.
 const ESCAPE: u8 = 0x01;
 
-/// The keys that `hv` keeps for itself, for people. Lines end in `\r\n`, as a raw terminal needs.
-pub const KEYS_HELP: &str = "\r\n\
-    Ctrl-A x       end the VM\r\n\
-    Ctrl-A h       show this\r\n\
-    Ctrl-A a       send one Ctrl-A to the guest (also Ctrl-A Ctrl-A)\r\n\
-    Everything else goes to the guest, Ctrl-C and Ctrl-Z too.\r\n";
+/// The keys that `hv` keeps for itself, for people.
+pub const KEYS_HELP: &str = "
+Ctrl-A x       end the VM
+Ctrl-A h       show this
+Ctrl-A a       send one Ctrl-A to the guest (also Ctrl-A Ctrl-A)
+Everything else goes to the guest, Ctrl-C and Ctrl-Z too.
+";
 
 /// The terminal can't be used as a console.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
