@@ -11,8 +11,8 @@
 mod common;
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
 
 use common::{CODE, begin, real_mode, vm_with, wait_for};
 use hv_core::{Hypervisor, Vcpu, VcpuExit, VcpuKick, Vm};
@@ -21,43 +21,54 @@ use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_mp_state};
 
 const KICKS: u32 = 10_000;
 
+/// The result of a thread, which a lost kick must not make this one wait for.
+fn finished<T>(thread: JoinHandle<T>) -> T {
+    wait_for("the end of a kicked run", || thread.is_finished());
+    thread.join().unwrap()
+}
+
 /// Kicks `vcpu` `KICKS` times from another thread, each time after the last one was noticed.
-fn storm(mut vcpu: KvmVcpu, mut other_exit: impl FnMut(&mut KvmVcpu, VcpuExit) + Send) {
+fn storm(mut vcpu: KvmVcpu, other_exit: fn(VcpuExit)) {
     // Two threads that wait for each other at a time: more only take the CPUs from one another.
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     // Relaxed: that the kick makes the request visible is part of what is tested.
-    let (requested, noticed) = (AtomicU32::new(0), AtomicU32::new(0));
+    let requested = Arc::new(AtomicU32::new(0));
+    let noticed = Arc::new(AtomicU32::new(0));
     let kick = vcpu.kicker();
-    thread::scope(|scope| {
-        scope.spawn(|| {
+    let runner = thread::spawn({
+        let (requested, noticed) = (requested.clone(), noticed.clone());
+        move || {
             while noticed.load(Ordering::Relaxed) < KICKS {
                 match vcpu.run().unwrap() {
                     VcpuExit::Interrupted => {
                         noticed.store(requested.load(Ordering::Relaxed), Ordering::Relaxed);
                     }
-                    exit => other_exit(&mut vcpu, exit),
+                    exit => other_exit(exit),
                 }
             }
-        });
-        for n in 1..=KICKS {
-            requested.store(n, Ordering::Relaxed);
-            kick.kick().unwrap();
-            wait_for("the end of a kicked run", || noticed.load(Ordering::Relaxed) >= n);
         }
     });
+    for n in 1..=KICKS {
+        requested.store(n, Ordering::Relaxed);
+        kick.kick().unwrap();
+        wait_for("the end of a kicked run", || {
+            noticed.load(Ordering::Relaxed) >= n || runner.is_finished()
+        });
+    }
+    finished(runner);
 }
 
 #[test]
 fn out_of_a_loop_without_exits() {
     let (_vm, vcpu, _) = real_mode(&[0xeb, 0xfe]); // jmp $
-    storm(vcpu, |_, exit| panic!("unexpected {exit:?}"));
+    storm(vcpu, |exit| panic!("unexpected {exit:?}"));
 }
 
 #[test]
 fn between_exits() {
     let (_vm, vcpu, _) = real_mode(&[0xe6, 0x80, 0xeb, 0xfc]); // out 0x80, al; jmp back
-    storm(vcpu, |_, exit| assert!(matches!(exit, VcpuExit::Io(_)), "{exit:?}"));
+    storm(vcpu, |exit| assert!(matches!(exit, VcpuExit::Io(_)), "{exit:?}"));
 }
 
 #[test]
@@ -66,7 +77,7 @@ fn out_of_a_halt_in_the_kernel() {
     vm.create_irqchip().unwrap();
     let vcpu = vm.create_vcpu(0).unwrap();
     begin(&vcpu, CODE);
-    storm(vcpu, |_, exit| panic!("unexpected {exit:?}"));
+    storm(vcpu, |exit| panic!("unexpected {exit:?}"));
 }
 
 #[test]
@@ -76,7 +87,7 @@ fn out_of_waiting_to_be_started() {
     let _boot = vm.create_vcpu(0).unwrap();
     let waiting = vm.create_vcpu(1).unwrap();
     waiting.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_UNINITIALIZED }).unwrap();
-    storm(waiting, |_, exit| panic!("unexpected {exit:?}"));
+    storm(waiting, |exit| panic!("unexpected {exit:?}"));
 }
 
 #[test]
@@ -94,21 +105,26 @@ fn before_the_run_and_once_for_several() {
 #[test]
 fn from_many_threads_at_once() {
     let (_vm, mut vcpu, _) = real_mode(&[0xeb, 0xfe]); // jmp $
-    let (kick, done) = (vcpu.kicker(), AtomicU32::new(0));
-    thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
+    let done = Arc::new(AtomicU32::new(0));
+    let kickers: Vec<_> = (0..4)
+        .map(|_| {
+            let (kick, done) = (vcpu.kicker(), done.clone());
+            thread::spawn(move || {
                 for _ in 0..1000 {
                     kick.kick().unwrap();
                 }
-                done.fetch_add(1, Ordering::SeqCst);
+                done.fetch_add(1, Ordering::Relaxed);
                 kick.kick().unwrap();
-            });
-        }
-        while done.load(Ordering::SeqCst) < 4 {
+            })
+        })
+        .collect();
+    let runner = thread::spawn(move || {
+        while done.load(Ordering::Relaxed) < 4 {
             assert_eq!(vcpu.run().unwrap(), VcpuExit::Interrupted);
         }
     });
+    kickers.into_iter().for_each(finished);
+    finished(runner);
 }
 
 #[test]
@@ -116,11 +132,11 @@ fn a_vcpu_may_move_between_threads() {
     let (_vm, mut vcpu, _) = real_mode(&[0xeb, 0xfe]); // jmp $
     let kick = vcpu.kicker();
     for _ in 0..20 {
-        thread::scope(|scope| {
-            let runner = scope.spawn(|| vcpu.run().unwrap());
-            kick.kick().unwrap();
-            assert_eq!(runner.join().unwrap(), VcpuExit::Interrupted);
-        });
+        let runner = thread::spawn(move || (vcpu.run().unwrap(), vcpu));
+        kick.kick().unwrap();
+        let (exit, returned) = finished(runner);
+        assert_eq!(exit, VcpuExit::Interrupted);
+        vcpu = returned;
     }
 }
 
