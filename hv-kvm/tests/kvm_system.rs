@@ -113,13 +113,11 @@ fn nothing_stays_open() {
 
     let (_vm, _vcpu, _) = real_mode(&[0xf4]);
     let _eventfd = common::kvm().eventfd().unwrap();
-    let kvm = common::kvm();
-    let _inherited =
-        Kvm::from_fd(File::options().read(true).write(true).open(Kvm::DEVICE).unwrap().into());
+    let kvm = File::options().read(true).write(true).open(Kvm::DEVICE).unwrap();
+    let _inherited = Kvm::from_inherited(kvm.as_raw_fd()).unwrap();
     for (fd, target, flags) in kvm_descriptors() {
         assert!(flags & libc::O_CLOEXEC != 0, "{fd} ({target}) would be inherited");
     }
-    drop(kvm);
 }
 
 fn open_descriptors() -> usize {
