@@ -1,3 +1,4 @@
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test that can't go on fails")]
 //! Sequences of operations on a router, with failures injected, against a naive model and a VM that
 //! keeps KVM's rules for routes and irqfds.
 
