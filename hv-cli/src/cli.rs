@@ -79,7 +79,7 @@ struct RunArgs {
     format: Format,
 
     /// Processors [default: 1; built-in guest: 2]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     cpus: Option<u32>,
 
     /// RAM, in MiB or with a unit: K, M, G, T

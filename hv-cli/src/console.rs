@@ -20,7 +20,7 @@ use crate::event::Event;
 use crate::exit_code::StopReason;
 use crate::machine::bus::Shared;
 use crate::machine::stop::Stopper;
-use crate::terminal::{Action, EscapeParser, KEYS_HELP, RawMode, TerminalError};
+use crate::terminal::{Action, EscapeParser, KEYS_HELP, RawMode, TerminalError, in_foreground};
 
 /// The standard output as a serial port's wire.
 ///
@@ -128,6 +128,9 @@ impl Input {
 /// While the port is in loop-back mode it takes no input and does not say when it would again.
 const RETRY: Duration = Duration::from_millis(50);
 
+/// Nothing tells a job that it has come to the foreground.
+const LOOK_FOR_TERMINAL: Duration = Duration::from_secs(1);
+
 /// A serial port that writes to whatever it is connected to.
 pub type SerialPort = Com1<Box<dyn Write + Send>>;
 
@@ -157,8 +160,10 @@ impl Console {
         let mut input = Input { escapes: raw.is_some(), ..Input::default() };
         let deadline = limit.map(|limit| (Instant::now() + limit, late));
         while !self.stopper.is_stopped() {
+            // A job in the background must not read the terminal: it would be stopped.
+            let away = raw.is_some() && !in_foreground(rustix::stdio::stdin());
             // What is typed stays in the kernel while the port has no room for more.
-            let reads = !input.ended && input.pending.is_empty();
+            let reads = !away && !input.ended && input.pending.is_empty();
             let stdin = rustix::stdio::stdin();
             let mut fds = [
                 PollFd::new(self.stopper.event(), PollFlags::IN),
@@ -171,7 +176,8 @@ impl Console {
             let left =
                 deadline.as_ref().map(|(at, _)| at.saturating_duration_since(Instant::now()));
             let retry = (!input.pending.is_empty()).then_some(RETRY);
-            let timeout = left.into_iter().chain(retry).min();
+            let look = away.then_some(LOOK_FOR_TERMINAL);
+            let timeout = [left, retry, look].into_iter().flatten().min();
             match poll(fds.get_mut(..watched).unwrap_or_default(), timespec(timeout).as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 // Short of memory: try again rather than lose the machine.
@@ -180,6 +186,9 @@ impl Console {
             let [_, signalled, emptied, typed] = fds.map(|fd| !fd.revents().is_empty());
             if signalled {
                 take_signals(signals, &self.stopper, raw.as_mut())?;
+            }
+            if away && let Some(raw) = &mut raw {
+                raw.resume()?;
             }
             if emptied {
                 self.drained.take();

@@ -1,7 +1,6 @@
 //! `hv run`: from a configuration to the exit code, with everything the user is told on the way.
 
 use std::fmt::Display;
-use std::io::{self, Write};
 
 use anstream::eprintln;
 use anstyle::{AnsiColor, Style};
@@ -13,6 +12,7 @@ use crate::device;
 use crate::exit_code::{ExitCode, StopReason};
 use crate::guest::Checks;
 use crate::machine::{Machine, Outcome};
+use crate::output;
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const WARNING: Style = AnsiColor::Yellow.on_default().bold();
@@ -58,13 +58,9 @@ pub fn run(config: &RunConfig, json: bool) -> u8 {
 fn report_checks(checks: &Checks, outcome: &Outcome, json: bool) -> u8 {
     let report = checks.report();
     let mut out = anstream::stdout().lock();
-    let written = if json {
-        serde_json::to_writer_pretty(&mut out, &report).map_err(io::Error::from)
-    } else {
-        report.write(&mut out)
-    };
-    if let Err(error) = written.and_then(|()| writeln!(out)) {
-        return fail(ExitCode::Vmm, &format_args!("the results can't be written: {error}"));
+    let written = if json { output::json(&report, &mut out) } else { report.write(&mut out) };
+    if let Err(error) = output::finish(&mut out, written) {
+        return fail(ExitCode::Vmm, &error);
     }
     match &outcome.reason {
         StopReason::PowerOff if !report.passed() => StopReason::ChecksFailed.exit_code(),

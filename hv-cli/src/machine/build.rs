@@ -156,6 +156,7 @@ where
         let console = console(&interrupts, &stopper, out)?;
         let mut outside = Outside::default();
         legacy_devices(&mut outside, &ram, &stopper, &console)?;
+        interrupts.attach(&mut outside)?;
         optional_devices(&mut outside, config, &stopper, &interrupts)?;
         if let Some(checks) = &checks {
             outside.ports.insert("checks", PORTS.into(), PORTS_LEN, checks.ports())?;
@@ -198,7 +199,7 @@ where
 /// The RAM of the machine, mapped.
 fn ram(size: MemorySize) -> Result<GuestRam, BuildError> {
     let info = rustix::system::sysinfo();
-    let host = MemorySize(u64::from(info.totalram).saturating_mul(info.mem_unit.into()));
+    let host = MemorySize(info.totalram.saturating_mul(info.mem_unit.into()));
     if size > host {
         return Err(BuildError::MoreThanHost { asked: size, host });
     }
@@ -329,7 +330,7 @@ fn load(
     let reserved = record.reserved.identity_map..record.reserved.identity_map + record.reserved.len;
     let map = MemoryMap::new(ram.memory(), &[reserved]);
     let pic = matches!(record.irqchip, Irqchip::Kernel { .. });
-    let acpi = AcpiConfig { cpus: config.cpus, io_apic: pic, pic };
+    let acpi = AcpiConfig { cpus: config.cpus, io_apic: true, pic };
     let rsdp = acpi::build(ram.memory(), &acpi)?;
     let request = LoadRequest {
         format: kernel.format,
