@@ -8,11 +8,7 @@ use hv_kvm::Kvm;
 /// # Errors
 /// An [`OpenError`] with the errno of opening it, or of its first ioctl.
 pub(crate) fn open(choice: &DeviceChoice) -> Result<Kvm, OpenError> {
-    match choice {
-        DeviceChoice::Path(path) => Kvm::open(path),
-        DeviceChoice::Fd(fd) => Kvm::from_inherited(*fd),
-    }
-    .map_err(|error| OpenError { choice: choice.clone(), errno: error.errno() })
+    Kvm::open_device(choice)
 }
 
 #[cfg(test)]

@@ -56,7 +56,7 @@ fn page(code: &[u8]) -> Option<HostRange> {
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let kvm = Kvm::open(Kvm::DEVICE)?;
+    let kvm = Kvm::open("/dev/kvm")?;
     let vm = kvm.create_vm(0)?;
     vm.set_memory_slot(&MemorySlot {
         id: SlotId(0),

@@ -16,7 +16,6 @@ mod vcpu;
 mod vm;
 
 pub use kick::{KvmKick, kick_signal};
-pub use open::{Device, OpenError};
 pub use system::Kvm;
 pub use vcpu::KvmVcpu;
 pub use vm::KvmVm;

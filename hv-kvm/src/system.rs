@@ -1,12 +1,14 @@
 //! The system descriptor: [`Hypervisor`] over `/dev/kvm`.
 
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
-use hv_core::{Call, Capability, Context, Error, Hypervisor, Ioctl, MsrIndexList};
+use hv_core::{
+    Call, Capability, Context, DeviceChoice, Error, Hypervisor, Ioctl, MsrIndexList, OpenError,
+};
 use kvm_bindings::kvm_cpuid_entry2;
 
-use crate::{KvmVm, OpenError, kick, open, raw};
+use crate::{KvmVm, kick, open, raw};
 
 /// KVM, by its system descriptor.
 ///
@@ -18,23 +20,40 @@ pub struct Kvm {
 }
 
 impl Kvm {
-    /// Where the device node is, unless the machine says otherwise.
-    pub const DEVICE: &str = "/dev/kvm";
-
-    /// Opens a device node (`O_RDWR | O_CLOEXEC`).
+    /// Opens the device a user chose. Fits [`hv_core::init`]: `init(Kvm::open_device, &config)`.
     ///
     /// # Errors
-    /// [`OpenError::Open`], or [`OpenError::NotKvm`] for a node of something else.
-    pub fn open(path: impl AsRef<Path>) -> Result<Self, OpenError> {
-        Ok(Self { fd: open::path(path.as_ref())? })
+    /// Those of [`Kvm::open`] and [`Kvm::from_inherited`].
+    pub fn open_device(choice: &DeviceChoice) -> Result<Self, OpenError> {
+        match choice {
+            DeviceChoice::Path(path) => Self::open(path),
+            DeviceChoice::Fd(fd) => Self::from_inherited(*fd),
+        }
     }
 
-    /// Takes over a descriptor that is open. It is closed if it is not KVM's.
+    /// Opens a device node, normally `/dev/kvm` (`O_RDWR | O_CLOEXEC`).
     ///
     /// # Errors
-    /// [`OpenError::NotKvm`].
+    /// An [`OpenError`] with the errno of `open(2)`, or of `KVM_GET_API_VERSION` if what is there
+    /// is not KVM.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, OpenError> {
+        let path = path.as_ref();
+        match open::path(path) {
+            Ok(fd) => Ok(Self { fd }),
+            Err(errno) => Err(OpenError { choice: DeviceChoice::Path(path.to_owned()), errno }),
+        }
+    }
+
+    /// Takes over a descriptor of the device. It is closed if it is not KVM's.
+    ///
+    /// # Errors
+    /// An [`OpenError`] with the errno of `KVM_GET_API_VERSION` if it is not KVM's.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, OpenError> {
-        Ok(Self { fd: open::owned(fd)? })
+        let choice = DeviceChoice::Fd(fd.as_raw_fd());
+        match open::owned(fd) {
+            Ok(fd) => Ok(Self { fd }),
+            Err(errno) => Err(OpenError { choice, errno }),
+        }
     }
 
     /// Uses a descriptor this process was started with, by its number, as it comes from a command
@@ -42,9 +61,13 @@ impl Kvm {
     /// whose it was, and a wrong one does no harm.
     ///
     /// # Errors
-    /// [`OpenError::Inherit`] if the number is no open descriptor, [`OpenError::NotKvm`].
+    /// An [`OpenError`] with `EBADF` if the number is no open descriptor, `EMFILE`, or the errno of
+    /// `KVM_GET_API_VERSION` if it is not KVM's.
     pub fn from_inherited(fd: RawFd) -> Result<Self, OpenError> {
-        Ok(Self { fd: open::inherited(fd)? })
+        match open::inherited(fd) {
+            Ok(kvm) => Ok(Self { fd: kvm }),
+            Err(errno) => Err(OpenError { choice: DeviceChoice::Fd(fd), errno }),
+        }
     }
 }
 
