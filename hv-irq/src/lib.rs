@@ -1,4 +1,13 @@
-//! Interrupt routing for KVM: GSIs, routes and irqfds, staged, committed in one ioctl, and owned.
+//! Interrupt routing for KVM: GSIs, routes and irqfds, staged, committed with one ioctl, and owned.
+//!
+//! - [`IrqRouter`] is the router of a VM. [`IrqRouter::batch`] changes routes and irqfds together,
+//!   [`MsiRoute`] and [`PinIrqfd`] own what it gives out.
+//! - [`GsiBitmap`] and [`RoutingTable`] are what it is made of: which GSIs are taken, and which tables
+//!   KVM accepts. [`pc_default_routes`] is where a table starts.
+//! - [`Ioapic`] has the pins of a VM whose irqchip is split.
+//!
+//! Generic over [`hv_core::IrqBackend`]. Nothing here knows a device, and no ioctl that changes
+//! anything is called outside of a commit.
 
 mod batch;
 mod bitmap;
@@ -19,3 +28,8 @@ pub use pin::PinIrqfd;
 pub use pins::{LEGACY_GSIS, pc_default_routes};
 pub use router::{IrqRouter, LegacyPins, RouterConfig};
 pub use table::{RouteError, RoutingTable};
+
+/// The code in the README is compiled with the documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -267,3 +267,219 @@ impl<B: IoEventBackend> fmt::Debug for IoEventHandle<B> {
         write!(f, "IoEventHandle({})", self.matched)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hv_core::{Errno, Error, Ioctl};
+    use proptest::prelude::*;
+    use std::fs::File;
+
+    /// The ioeventfds of a VM by the rules of KVM. What it would refuse is a complaint.
+    #[derive(Debug, Default)]
+    struct RuleVm {
+        events: Mutex<Vec<IoEvent>>,
+        calls: Mutex<usize>,
+        fail: Mutex<bool>,
+        complaints: Mutex<Vec<IoEvent>>,
+    }
+
+    impl RuleVm {
+        fn call(&self) -> Result<(), Error> {
+            *self.calls.lock().unwrap() += 1;
+            match std::mem::take(&mut *self.fail.lock().unwrap()) {
+                true => Err(Error::new(Ioctl::Ioeventfd, Errno::ENOMEM)),
+                false => Ok(()),
+            }
+        }
+    }
+
+    /// As `ioeventfd_check_collision` answers.
+    fn collide(a: &IoEvent, b: &IoEvent) -> bool {
+        if a.address != b.address {
+            return false;
+        }
+        if a.length == 0 || b.length == 0 {
+            return true;
+        }
+        a.length == b.length
+            && (a.datamatch.is_none() || b.datamatch.is_none() || a.datamatch == b.datamatch)
+    }
+
+    impl IoEventBackend for RuleVm {
+        fn ioeventfd_assign(&self, event: IoEvent) -> Result<(), Error> {
+            self.call()?;
+            let mut events = self.events.lock().unwrap();
+            if events.iter().any(|other| collide(other, &event)) {
+                self.complaints.lock().unwrap().push(event);
+                return Err(Error::new(Ioctl::Ioeventfd, Errno::EEXIST));
+            }
+            events.push(event);
+            Ok(())
+        }
+
+        fn ioeventfd_deassign(&self, event: IoEvent) -> Result<(), Error> {
+            self.call()?;
+            let mut events = self.events.lock().unwrap();
+            let Some(index) = events.iter().position(|other| *other == event) else {
+                self.complaints.lock().unwrap().push(event);
+                return Err(Error::new(Ioctl::Ioeventfd, Errno::ENOENT));
+            };
+            events.remove(index);
+            Ok(())
+        }
+    }
+
+    fn event() -> Arc<OwnedFd> {
+        Arc::new(File::open("/dev/null").unwrap().into())
+    }
+
+    fn mmio(address: u64, length: u32, datamatch: Option<u64>) -> IoEventMatch {
+        IoEventMatch { address: IoAddress::Mmio(address), length, datamatch }
+    }
+
+    fn registry() -> (Arc<RuleVm>, IoEventRegistry<RuleVm>) {
+        let vm = Arc::new(RuleVm::default());
+        (vm.clone(), IoEventRegistry::new(vm))
+    }
+
+    #[test]
+    fn what_can_not_match_is_refused_before_kvm_is_asked() {
+        let (vm, registry) = registry();
+        let port =
+            |port, length| IoEventMatch { address: IoAddress::Pio(port), length, datamatch: None };
+        for (wanted, error, text) in [
+            (
+                mmio(0x1000, 3, None),
+                IoEventError::Length as fn(_) -> _,
+                "a 3-byte write to address 0x1000",
+            ),
+            (
+                mmio(0x1000, 0, Some(1)),
+                IoEventError::ValueWithoutLength,
+                "any write to address 0x1000 of 0x1",
+            ),
+            (
+                mmio(0x1000, 2, Some(0x1_0000)),
+                IoEventError::ValueTooWide,
+                "a 2-byte write to address 0x1000 of 0x10000",
+            ),
+            (
+                mmio(u64::MAX - 2, 4, None),
+                IoEventError::Wraps,
+                "a 4-byte write to address 0xfffffffffffffffd",
+            ),
+            (port(0xffff, 2), IoEventError::Wraps, "a 2-byte write to port 0xffff"),
+        ] {
+            let refused = registry.assign(wanted, event()).unwrap_err();
+            assert_eq!(refused, error(wanted));
+            assert!(refused.to_string().contains(text), "{refused}");
+        }
+        assert_eq!(*vm.calls.lock().unwrap(), 0);
+        registry.assign(mmio(u64::MAX - 3, 4, Some(0xffff_ffff)), event()).unwrap();
+        registry.assign(mmio(1 << 40, 8, Some(u64::MAX)), event()).unwrap();
+    }
+
+    #[test]
+    fn a_conflict_names_both() {
+        let (vm, registry) = registry();
+        let _wildcard = registry.assign(mmio(0x1000, 4, None), event()).unwrap();
+        let error = registry.assign(mmio(0x1000, 4, Some(2)), event()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "no ioeventfd for a 4-byte write to address 0x1000 of 0x2: there is one for a 4-byte \
+             write to address 0x1000"
+        );
+        // The same address beyond 32 bits is another one.
+        let _high = registry.assign(mmio(0x1_0000_1000, 4, Some(2)), event()).unwrap();
+        assert_eq!(vm.events.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn the_vm_takes_its_ioeventfds_with_it() {
+        let (vm, registry) = registry();
+        let handles: Vec<_> =
+            (0..8).map(|n| registry.assign(mmio(0x1000, 2, Some(n)), event()).unwrap()).collect();
+        drop(registry);
+        drop(handles);
+        assert_eq!(*vm.calls.lock().unwrap(), 8, "none was removed by itself");
+    }
+
+    #[derive(Debug, Clone)]
+    enum Op {
+        Assign(IoEventMatch),
+        Drop(usize),
+        Remove(usize),
+    }
+
+    fn ops() -> impl Strategy<Value = Vec<(Op, bool)>> {
+        let address =
+            prop_oneof![(0..3_u64).prop_map(IoAddress::Mmio), (0..2_u16).prop_map(IoAddress::Pio),];
+        let length = prop::sample::select(vec![0, 1, 2, 4, 8]);
+        let matched = (address, length, prop::option::of(0..3_u64)).prop_map(
+            |(address, length, datamatch)| {
+                let datamatch = datamatch.filter(|_| length > 0);
+                IoEventMatch { address, length, datamatch }
+            },
+        );
+        let op = prop_oneof![
+            4 => matched.prop_map(Op::Assign),
+            1 => any::<usize>().prop_map(Op::Drop),
+            1 => any::<usize>().prop_map(Op::Remove),
+        ];
+        prop::collection::vec((op, prop::bool::weighted(0.2)), 0..60)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+        #[test]
+        fn registry_kvm_and_owners_agree(ops in ops()) {
+            let (vm, registry) = registry();
+            let mut owned: Vec<(IoEventHandle<RuleVm>, Arc<OwnedFd>)> = Vec::new();
+            for (op, fault) in ops {
+                *vm.fail.lock().unwrap() = fault;
+                let failed = || fault && !*vm.fail.lock().unwrap();
+                match op {
+                    Op::Assign(matched) => {
+                        let event = event();
+                        match registry.assign(matched, event.clone()) {
+                            Ok(handle) => {
+                                prop_assert_eq!(handle.matched(), matched);
+                                owned.push((handle, event));
+                            }
+                            Err(IoEventError::Conflict { new, existing }) => {
+                                prop_assert_eq!(new, matched);
+                                prop_assert!(registry.assigned().contains(&existing));
+                                prop_assert!(collide(&new.event(&event), &existing.event(&event)));
+                            }
+                            Err(error) => prop_assert!(failed(), "{}", error),
+                        }
+                    }
+                    Op::Drop(which) | Op::Remove(which) if !owned.is_empty() => {
+                        let (handle, event) = owned.remove(which % owned.len());
+                        match op {
+                            Op::Remove(_) => prop_assert_eq!(handle.remove().is_err(), failed()),
+                            _ => drop(handle),
+                        }
+                        // What KVM kept is kept open; what it let go of is not.
+                        let open = Arc::strong_count(&event) == 2;
+                        prop_assert_eq!(open, failed());
+                    }
+                    Op::Drop(_) | Op::Remove(_) => {}
+                }
+                prop_assert!(vm.complaints.lock().unwrap().is_empty());
+                let events = vm.events.lock().unwrap();
+                let mut kvm: Vec<_> = events.iter().map(|e| (e.address, e.length, e.datamatch)).collect();
+                let mut ours: Vec<_> =
+                    registry.assigned().iter().map(|m| (m.address, m.length, m.datamatch)).collect();
+                kvm.sort_unstable();
+                ours.sort_unstable();
+                prop_assert_eq!(kvm, ours);
+                for (handle, event) in &owned {
+                    prop_assert!(events.contains(&handle.matched().event(event)));
+                }
+            }
+        }
+    }
+}

@@ -1,4 +1,12 @@
-//! Guest memory for KVM: RAM over vm-memory, memory slots, ioeventfds.
+//! Guest memory for KVM, over vm-memory: RAM, memory slots, ioeventfds.
+//!
+//! - [`RamLayout`] says where RAM goes, [`GuestRam`] maps it before the VM exists.
+//! - [`SlotManager`] knows the slots of a VM and hands out their owners, [`Slot`].
+//! - [`IoEventRegistry`] knows its ioeventfds and hands out their owners, [`IoEventHandle`].
+//! - [`Mapping`] is host memory, [`GuestRange`] a range of guest-physical addresses.
+//!
+//! Generic over [`hv_core::MemoryBackend`] and [`hv_core::IoEventBackend`]. Nothing here assumes a
+//! number of slots or an address map.
 
 mod ioevent;
 mod layout;
@@ -19,3 +27,8 @@ pub use slot::{NewSlot, Slot, SlotError, SlotInfo, SlotLimits, SlotManager, Vcpu
 pub fn page_size() -> u64 {
     rustix::param::page_size() as u64
 }
+
+/// The code in the README is compiled with the documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
