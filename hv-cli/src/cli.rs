@@ -140,6 +140,7 @@ impl RunArgs {
             irqchip: self.irqchip,
             devices: self.devices,
             complete: !self.no_complete,
+            json: self.json,
             kernel,
         }
     }
@@ -157,10 +158,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
         }
     };
     match cli.command {
-        Command::Run(args) => {
-            let json = args.json;
-            run::run(&args.into_config(), json)
-        }
+        Command::Run(args) => run::run(&args.into_config()),
         Command::Probe(args) => {
             finish(probe::run(&args.kvm.device, args.json, &mut anstream::stdout().lock()))
         }

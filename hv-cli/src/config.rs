@@ -27,6 +27,8 @@ pub struct RunConfig {
     pub devices: Vec<DeviceOption>,
     /// Complete instructions that KVM can't emulate.
     pub complete: bool,
+    /// The results of the built-in guest are JSON, and all there is on the standard output.
+    pub json: bool,
 }
 
 /// A kernel to boot.

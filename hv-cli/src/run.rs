@@ -24,7 +24,7 @@ pub(crate) fn fail(code: ExitCode, error: &dyn Display) -> u8 {
 }
 
 /// Runs the machine `config` describes on `/dev/kvm` and returns the exit code of the process.
-pub fn run(config: &RunConfig, json: bool) -> u8 {
+pub fn run(config: &RunConfig) -> u8 {
     // Before the first thread, so that every thread has the same signals.
     let mut signals = match Signals::take() {
         Ok(signals) => signals,
@@ -49,7 +49,7 @@ pub fn run(config: &RunConfig, json: bool) -> u8 {
     };
     report(&outcome);
     match checks {
-        Some(checks) => report_checks(&checks, &outcome, json),
+        Some(checks) => report_checks(&checks, &outcome, config.json),
         None => outcome.reason.exit_code(),
     }
 }

@@ -1,7 +1,7 @@
 //! Puts a machine together, in the order that costs least and can fail safely: images are opened
 //! and memory is laid out before KVM hears of anything, and no vCPU runs before all is in place.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
 use hv_core::init::{self, InitError, Irqchip, Record};
@@ -150,6 +150,7 @@ where
             .transpose()?;
         let wire = Wire::new(stopper.clone());
         let out: Box<dyn Write + Send> = match &checks {
+            Some(checks) if config.json => Box::new(checks.com1(io::sink())),
             Some(checks) => Box::new(checks.com1(wire)),
             None => Box::new(wire),
         };

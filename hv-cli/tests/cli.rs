@@ -1,0 +1,97 @@
+//! What `hv` says to a user who asks for what can't be: one line, and the documented exit code.
+//! Nothing here opens /dev/kvm.
+
+mod common;
+
+use common::{Image, hv};
+
+/// No KVM node: what is refused for another reason is refused before it is opened.
+const NO_KVM: [&str; 2] = ["--kvm", "/no/such/kvm"];
+
+fn run(args: &[&str]) -> common::Ran {
+    hv(&[&["run"], args, &NO_KVM].concat())
+}
+
+fn refused(args: &[&str], code: i32, says: &[&str]) {
+    let ran = run(args);
+    assert_eq!(ran.code, Some(code), "{args:?}: {ran:?}");
+    for text in says {
+        assert!(ran.stderr.contains(text), "{args:?} does not say {text:?}: {}", ran.stderr);
+    }
+    assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
+    assert_eq!(ran.stdout, "", "{args:?}");
+}
+
+fn refused_in_one_line(args: &[&str], code: i32, says: &[&str]) {
+    refused(args, code, says);
+    let stderr = run(args).stderr;
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.starts_with("hv: error: "), "{stderr}");
+}
+
+#[test]
+fn help_teaches() {
+    let ran = hv(&["--help"]);
+    assert_eq!(ran.code, Some(0));
+    for text in ["hv run", "--kernel", "doctor", "Exit codes:", "Ctrl-A x"] {
+        assert!(ran.stdout.contains(text), "{text:?} is missing:\n{}", ran.stdout);
+    }
+    assert_eq!(hv(&["--version"]).code, Some(0));
+}
+
+#[test]
+fn words_that_mean_nothing_are_usage_errors() {
+    for args in [&[][..], &["walk"], &["run", "--frobnicate"], &["run", "extra"]] {
+        let ran = hv(args);
+        assert_eq!(ran.code, Some(2), "{args:?}");
+        assert!(!ran.stderr.is_empty());
+    }
+    refused(&["--cpus", "0"], 2, &["--cpus", "0"]);
+    refused(&["--cpus", "many"], 2, &["--cpus"]);
+    refused(&["--memory", "1.5G"], 2, &["--memory", "128M"]);
+    refused(&["--device", "virtio"], 2, &["virtio", "isa-debug-exit", "testdev"]);
+    refused(&["--initrd", "x"], 2, &["--kernel"]);
+    refused(&["--kvm", "fd:x"], 2, &["fd:x"]);
+}
+
+#[test]
+fn memory_that_can_not_be() {
+    refused_in_one_line(&["--memory", "0"], 2, &["--memory", "0 bytes"]);
+    refused_in_one_line(&["--memory", "1000T"], 2, &["more than the host has"]);
+    refused_in_one_line(&["--memory", "5K"], 2, &["--memory"]);
+}
+
+#[test]
+fn images_that_are_none() {
+    let text = Image::new(b"not a kernel at all");
+    let empty = Image::new(b"");
+    let lying = Image::new(&{
+        let mut elf = vec![0; 64];
+        elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        elf[54..58].fill(0xff);
+        elf
+    });
+    refused_in_one_line(&["--kernel", "/no/such/kernel"], 2, &["/no/such/kernel", "ENOENT"]);
+    refused_in_one_line(&["--kernel", "/"], 2, &["directory"]);
+    refused_in_one_line(&["--kernel", "/dev/zero"], 2, &["/dev/zero"]);
+    refused_in_one_line(&["--kernel", empty.path()], 2, &[empty.path()]);
+    // What is inside is looked at when there is a VM to load it into.
+    for image in [&text, &lying] {
+        refused_in_one_line(&["--kernel", image.path()], 4, &["/no/such/kvm", "ENOENT"]);
+    }
+    let missing = ["--kernel", text.path(), "--initrd", "/no/such/initrd"];
+    refused_in_one_line(&missing, 2, &["/no/such/initrd"]);
+}
+
+#[test]
+fn without_kvm_every_command_says_what_to_do() {
+    refused_in_one_line(&[], 4, &["/no/such/kvm", "ENOENT", "modprobe"]);
+    for command in ["probe", "doctor"] {
+        let ran = hv(&[&[command][..], &NO_KVM].concat());
+        assert_eq!(ran.code, Some(4), "{ran:?}");
+        assert!(format!("{}{}", ran.stdout, ran.stderr).contains("ENOENT"), "{ran:?}");
+    }
+    let ran = hv(&["run", "--kvm", "/dev/null"]);
+    assert_eq!(ran.code, Some(4), "{ran:?}");
+    assert!(ran.stderr.contains("not KVM"), "{ran:?}");
+}

@@ -1,0 +1,164 @@
+//! Runs the `hv` binary as a user would, with a time limit, and makes small images for it.
+
+#![allow(dead_code, reason = "every test binary uses a part of this")]
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Far longer than anything here takes; a run that is still there by then hangs.
+pub(crate) const LIMIT: Duration = Duration::from_secs(600);
+
+/// What a run of `hv` left.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+/// `hv` with these arguments and no input.
+pub(crate) fn hv(args: &[&str]) -> Ran {
+    Running::start(args).finish()
+}
+
+/// A run that goes on.
+pub(crate) struct Running {
+    child: Child,
+    stdout: mpsc::Receiver<Vec<u8>>,
+    stderr: mpsc::Receiver<Vec<u8>>,
+    seen: Vec<u8>,
+    deadline: Instant,
+}
+
+impl Running {
+    pub(crate) fn start(args: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_hv"))
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = drain(child.stdout.take().unwrap());
+        let stderr = drain(child.stderr.take().unwrap());
+        Self { child, stdout, stderr, seen: Vec::new(), deadline: Instant::now() + LIMIT }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Types into the guest.
+    pub(crate) fn send(&mut self, text: &str) {
+        self.child.stdin.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
+    }
+
+    /// Waits until the guest has printed `text`.
+    pub(crate) fn wait_for(&mut self, text: &str) {
+        while !String::from_utf8_lossy(&self.seen).contains(text) {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            match self.stdout.recv_timeout(left) {
+                Ok(bytes) => self.seen.extend(bytes),
+                Err(error) => {
+                    let _ = self.child.kill();
+                    let seen = String::from_utf8_lossy(&self.seen).into_owned();
+                    let stderr: Vec<u8> = self.stderr.iter().flatten().collect();
+                    let stderr = String::from_utf8_lossy(&stderr).into_owned();
+                    panic!("{text:?} did not come ({error}):\n{seen}\n--- stderr\n{stderr}");
+                }
+            }
+        }
+    }
+
+    /// Sends SIGTERM.
+    pub(crate) fn terminate(&self) {
+        let pid = rustix::process::Pid::from_raw(self.pid() as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+
+    /// Waits for the end.
+    pub(crate) fn finish(mut self) -> Ran {
+        drop(self.child.stdin.take());
+        let status = self.wait();
+        self.seen.extend(self.stdout.iter().flatten());
+        let stderr: Vec<u8> = self.stderr.iter().flatten().collect();
+        Ran {
+            code: status.and_then(|status| status.code()),
+            stdout: String::from_utf8_lossy(&self.seen).into_owned(),
+            stderr: String::from_utf8_lossy(&stderr).into_owned(),
+        }
+    }
+
+    fn wait(&mut self) -> Option<ExitStatus> {
+        while Instant::now() < self.deadline {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return Some(status);
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        None
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn drain(mut from: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(n @ 1..) = from.read(&mut buffer) {
+            if sender.send(buffer[..n].to_vec()).is_err() {
+                break;
+            }
+        }
+    });
+    receiver
+}
+
+/// A file that goes with the test.
+pub(crate) struct Image(tempfile::NamedTempFile);
+
+impl Image {
+    pub(crate) fn new(bytes: &[u8]) -> Self {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        Self(file)
+    }
+
+    pub(crate) fn path(&self) -> &str {
+        self.0.path().to_str().unwrap()
+    }
+
+    /// A multiboot kernel: 32-bit code that runs at 1 MiB + 32.
+    pub(crate) fn multiboot(code: &[u8]) -> Self {
+        const MAGIC: u32 = 0x1bad_b002;
+        const HAS_ADDRESSES: u32 = 1 << 16;
+        const BASE: u32 = 0x10_0000;
+        const HEADER: u32 = 32;
+        let end = BASE + HEADER + code.len() as u32;
+        let checksum = 0u32.wrapping_sub(MAGIC.wrapping_add(HAS_ADDRESSES));
+        let header = [MAGIC, HAS_ADDRESSES, checksum, BASE, BASE, end, end, BASE + HEADER];
+        let mut image: Vec<u8> = header.into_iter().flat_map(u32::to_le_bytes).collect();
+        image.extend(code);
+        Self::new(&image)
+    }
+}
+
+/// The path in an environment variable that `cargo xtask kvm-test` sets.
+pub(crate) fn artefact(variable: &str) -> PathBuf {
+    match std::env::var_os(variable) {
+        Some(path) => path.into(),
+        None => panic!("{variable} is not set: run `cargo xtask kvm-test`, which builds the guest"),
+    }
+}

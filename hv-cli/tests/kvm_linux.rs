@@ -1,0 +1,78 @@
+//! `hv run` boots Linux on real KVM: the kernels and the initramfs of `cargo xtask guest`.
+
+mod common;
+
+use common::{Running, artefact};
+
+/// What a Linux guest is told so that it runs on every host this is tested on: some KVMs run the
+/// guest's kernel in software and lack these instructions.
+const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 mitigations=off noxsave \
+    clearcpuid=cx16,smap,smep,umip,popcnt,movbe,fsgsbase,invpcid,pcid,rdrand,rdseed,pku";
+
+fn boot(kernel: &str, cmdline: &str, args: &[&str]) -> Running {
+    let kernel = artefact(kernel);
+    let initrd = artefact("HV_GUEST_INITRD");
+    let cmdline = format!("{CMDLINE} {cmdline}");
+    let fixed = [
+        "run",
+        "--kernel",
+        kernel.to_str().unwrap(),
+        "--initrd",
+        initrd.to_str().unwrap(),
+        "--cmdline",
+        &cmdline,
+        "--memory",
+        "256M",
+    ];
+    Running::start(&[&fixed[..], args].concat())
+}
+
+/// Up to the test init, which must see both processors; it reads back what is typed, and powers
+/// off.
+fn to_user_space_and_off(kernel: &str, args: &[&str]) {
+    let mut linux = boot(kernel, "", args);
+    linux.wait_for("hv-guest: init up, 2 cpus online");
+    linux.wait_for("hv-guest: ready");
+    linux.send("typed on the console\n");
+    linux.wait_for("hv-guest: echo: typed on the console");
+    linux.wait_for("hv-guest: power off");
+    let ran = linux.finish();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(ran.stderr.contains("the guest powered off"), "{}", ran.stderr);
+}
+
+#[test]
+fn vmlinux_boots_to_user_space() {
+    to_user_space_and_off("HV_GUEST_VMLINUX", &["--cpus", "2"]);
+}
+
+#[test]
+fn vmlinux_boots_by_its_pvh_entry() {
+    to_user_space_and_off("HV_GUEST_VMLINUX", &["--cpus", "2", "--format", "pvh"]);
+}
+
+#[test]
+fn bzimage_boots_to_user_space() {
+    to_user_space_and_off("HV_GUEST_BZIMAGE", &["--cpus", "2"]);
+}
+
+#[test]
+fn vmlinux_boots_with_a_split_irqchip() {
+    to_user_space_and_off("HV_GUEST_VMLINUX", &["--cpus", "2", "--irqchip", "split"]);
+}
+
+#[test]
+fn a_guest_that_restarts_ends_as_a_reset() {
+    let mut linux = boot("HV_GUEST_VMLINUX", "hv.test=reset", &[]);
+    linux.wait_for("hv-guest: reset");
+    let ran = linux.finish();
+    assert_eq!(ran.code, Some(6), "{ran:?}");
+}
+
+#[test]
+fn a_kernel_without_the_patch_gets_as_far_as_its_init() {
+    let mut linux = boot("HV_GUEST_VMLINUX_UNPATCHED", "", &["--cpus", "2"]);
+    linux.wait_for("Run /init as init process");
+    linux.terminate();
+    linux.finish();
+}

@@ -1,0 +1,179 @@
+//! `hv run` on real KVM: the built-in guest, every way a guest can end, and small kernels.
+
+mod common;
+
+use common::{Image, Running, hv};
+
+/// Ends the machine by the ACPI sleep control value: mov dx,0x600; mov al,0x34; out dx,al; hlt.
+const POWER_OFF_16: &[u8] = &[0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4];
+
+fn flat(code: &[u8], args: &[&str]) -> common::Ran {
+    let image = Image::new(code);
+    hv(&[&["run", "--kernel", image.path(), "--format", "flat"], args].concat())
+}
+
+fn multiboot(code: &[u8], args: &[&str]) -> common::Ran {
+    let image = Image::multiboot(code);
+    hv(&[&["run", "--kernel", image.path()], args].concat())
+}
+
+#[test]
+fn the_built_in_guest_passes_every_check() {
+    let ran = hv(&["run"]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(ran.stdout.contains("20 passed, 0 failed, 0 not applicable"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("hello from the built-in guest"), "{}", ran.stdout);
+}
+
+#[test]
+fn with_a_split_irqchip_only_the_pit_is_missing() {
+    let ran = hv(&["run", "--irqchip", "split"]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(ran.stdout.contains("19 passed, 0 failed, 1 not applicable"), "{}", ran.stdout);
+    let line = ran.stdout.lines().find(|line| line.starts_with("n/a")).unwrap();
+    assert!(line.contains("pit-ioapic") && line.contains("split irqchip"), "{line}");
+}
+
+#[test]
+fn with_one_processor_the_checks_of_the_second_do_not_apply() {
+    let ran = hv(&["run", "--cpus", "1", "--json"]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let report: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    let status = |name: &str| {
+        let checks = report["checks"].as_array().unwrap();
+        checks.iter().find(|c| c["name"] == name).unwrap()["status"].clone()
+    };
+    assert_eq!(status("second-vcpu"), "not-applicable");
+    assert_eq!(status("ipi"), "not-applicable");
+    assert_eq!(status("irqfd"), "passed");
+}
+
+#[test]
+fn kvm_can_be_an_inherited_descriptor() {
+    let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").unwrap();
+    rustix::io::fcntl_setfd(&kvm, rustix::io::FdFlags::empty()).unwrap();
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&kvm);
+    let ran = hv(&["run", "--kvm", &format!("fd:{fd}")]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+}
+
+#[test]
+fn a_flat_guest_prints_and_powers_off() {
+    // mov dx,0x3f8; mov al,'R'; out dx,al; mov al,'\n'; out dx,al
+    let mut code = vec![0xba, 0xf8, 0x03, 0xb0, b'R', 0xee, 0xb0, b'\n', 0xee];
+    code.extend(POWER_OFF_16);
+    let ran = flat(&code, &["--memory", "16M"]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert_eq!(ran.stdout, "R\n");
+}
+
+#[test]
+fn ends_have_their_exit_codes() {
+    // i8042: mov al,0xfe; out 0x64,al; hlt
+    assert_eq!(flat(&[0xb0, 0xfe, 0xe6, 0x64, 0xf4], &[]).code, Some(6));
+    // Port 0xcf9: mov dx,0xcf9; mov al,6; out dx,al; hlt
+    assert_eq!(flat(&[0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee, 0xf4], &[]).code, Some(6));
+    // An IDT without entries: lidt [0x1000] (zeroes); ud2. The fault can't be delivered.
+    let ran = multiboot(&[0x0f, 0x01, 0x1d, 0x00, 0x10, 0, 0, 0x0f, 0x0b], &[]);
+    assert_eq!(ran.code, Some(10), "{ran:?}");
+    assert!(ran.stderr.contains("triple fault on vCPU 0"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("RIP"), "{}", ran.stderr);
+}
+
+#[test]
+fn the_debug_exit_device_gives_the_code_the_guest_chose() {
+    // mov al,0x10; out 0xf4,al; hlt
+    let code = [0xb0, 0x10, 0xe6, 0xf4, 0xf4];
+    let ran = multiboot(&code, &["--device", "isa-debug-exit"]);
+    assert_eq!(ran.code, Some(0x21), "{ran:?}");
+    // mov dx,0x501; mov al,0; out dx,al; hlt
+    let code = [0x66, 0xba, 0x01, 0x05, 0xb0, 0, 0xee, 0xf4];
+    let ran = multiboot(&code, &["--device", "isa-debug-exit,iobase=0x501"]);
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    let ran = multiboot(&code, &["--device", "isa-debug-exit,iobase=0x3f8"]);
+    assert_eq!(ran.code, Some(2), "{ran:?}");
+    assert!(ran.stderr.contains("overlaps COM1"), "{}", ran.stderr);
+}
+
+#[test]
+fn the_test_device_has_its_latch_its_memory_and_its_page_flush() {
+    #[rustfmt::skip]
+    let code = [
+        0xb8, 0x78, 0x56, 0x34, 0x12,             // mov eax, 0x12345678
+        0xe7, 0xe0,                               // out 0xe0, eax
+        0x31, 0xc0,                               // xor eax, eax
+        0xe5, 0xe0,                               // in eax, 0xe0
+        0x3d, 0x78, 0x56, 0x34, 0x12,             // cmp eax, 0x12345678
+        0x75, 0x3d,                               // jne fail
+        0xbe, 0x00, 0x01, 0x00, 0xff,             // mov esi, 0xff000100
+        0xc7, 0x06, 0xef, 0xbe, 0xad, 0xde,       // mov dword [esi], 0xdeadbeef
+        0x81, 0x3e, 0xef, 0xbe, 0xad, 0xde,       // cmp dword [esi], 0xdeadbeef
+        0x75, 0x2a,                               // jne fail
+        0xbf, 0x00, 0x00, 0x20, 0x00,             // mov edi, 0x200000
+        0xc7, 0x07, 0xbe, 0xba, 0xfe, 0xca,       // mov dword [edi], 0xcafebabe
+        0x89, 0xf8,                               // mov eax, edi
+        0xe7, 0xe4,                               // out 0xe4, eax: take the page away and back
+        0x81, 0x3f, 0xbe, 0xba, 0xfe, 0xca,       // cmp dword [edi], 0xcafebabe
+        0x75, 0x13,                               // jne fail
+        0x66, 0xba, 0x05, 0x20,                   // mov dx, 0x2005
+        0xb0, 0x01, 0xee,                         // mov al, 1; out dx, al: raise line 5
+        0x30, 0xc0, 0xee,                         // xor al, al; out dx, al: lower it
+        0xb0, 0x02, 0xe6, 0xf4, 0xf4,             // mov al, 2; out 0xf4, al; hlt
+        0x90, 0x90, 0x90, 0x90,
+        0xb0, 0x03, 0xe6, 0xf4, 0xf4,             // fail: mov al, 3; out 0xf4, al; hlt
+    ];
+    for irqchip in ["kernel", "split"] {
+        let args = ["--device", "isa-debug-exit", "--device", "testdev", "--irqchip", irqchip];
+        let ran = multiboot(&code, &args);
+        assert_eq!(ran.code, Some(5), "{ran:?}");
+    }
+}
+
+/// fld dword [0xd0000000]: KVM's emulator has no x87 loads, on no host, and MMIO needs it.
+const X87_ON_MMIO: &[u8] = &[0xd9, 0x05, 0x00, 0x00, 0x00, 0xd0, 0xf4];
+
+#[test]
+fn what_nobody_can_emulate_ends_with_a_full_report() {
+    for args in [&[][..], &["--no-complete"]] {
+        let ran = multiboot(X87_ON_MMIO, args);
+        assert_eq!(ran.code, Some(12), "{ran:?}");
+        for text in [
+            "KVM_INTERNAL_ERROR_EMULATION",
+            "RIP 0000000000100020",
+            "d9 05 00 00 00 d0",
+            "fld dword [0D0000000h]",
+            "CR0",
+        ] {
+            assert!(ran.stderr.contains(text), "{text:?} is missing:\n{}", ran.stderr);
+        }
+        assert_eq!(ran.stderr.contains("not completed:"), args.is_empty(), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn a_signal_stops_it_and_says_so() {
+    // mov dx,0x3f8; mov al,'R'; out dx,al; loop: hlt; jmp loop
+    let image = Image::new(&[0xba, 0xf8, 0x03, 0xb0, b'R', 0xee, 0xf4, 0xeb, 0xfd]);
+    let mut running = Running::start(&["run", "--kernel", image.path(), "--format", "flat"]);
+    running.wait_for("R");
+    running.terminate();
+    let ran = running.finish();
+    assert_eq!(ran.code, Some(14), "{ran:?}");
+    assert!(ran.stderr.contains("signal 15"), "{}", ran.stderr);
+}
+
+#[test]
+fn too_many_processors_and_images_that_are_no_kernel_are_usage_errors() {
+    let ran = hv(&["run", "--cpus", "100000"]);
+    assert_eq!(ran.code, Some(2), "{ran:?}");
+    assert!(ran.stderr.contains("100000") && ran.stderr.lines().count() == 1, "{}", ran.stderr);
+    let text = Image::new(b"not a kernel at all");
+    let ran = hv(&["run", "--kernel", text.path()]);
+    assert_eq!(ran.code, Some(2), "{ran:?}");
+    let big = Image::new(&vec![0; 32 << 20]);
+    let kernel = Image::multiboot(&[0xf4]);
+    let args = ["run", "--kernel", kernel.path(), "--initrd", big.path(), "--memory", "16M"];
+    let ran = hv(&args);
+    assert_eq!(ran.code, Some(2), "{ran:?}");
+    assert!(ran.stderr.contains(big.path()), "{}", ran.stderr);
+}
