@@ -126,7 +126,7 @@ pub(crate) fn run(options: &Options) -> Result<Tally, Error> {
             }
         });
         if let Err(error) = result {
-            anstream::println!("hardware tests until this failure: {tally}");
+            anstream::println!("hardware tests in the binaries that ended before: {tally}");
             return Err(error.into());
         }
         examples += u64::from(target.example);

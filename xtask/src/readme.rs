@@ -5,7 +5,7 @@
 pub(crate) enum Kind {
     /// `cargo xtask ...`: a step of ci itself, or one that waits for a person.
     Xtask(String),
-    /// `cargo run ...`: starts a virtual machine or looks at `/dev/kvm`.
+    /// It runs `hv` or an example called `*_kvm`: both use `/dev/kvm`.
     Kvm,
     /// Anything else: it runs everywhere.
     Plain,
@@ -47,7 +47,7 @@ pub(crate) fn commands(readme: &str) -> Vec<Command> {
 fn kind(line: &str) -> Kind {
     if let Some(rest) = line.strip_prefix("cargo xtask ") {
         Kind::Xtask(rest.split_whitespace().next().unwrap_or_default().to_owned())
-    } else if line.starts_with("cargo run ") {
+    } else if line.split_whitespace().any(|word| word == "hv-cli" || word.ends_with("_kvm")) {
         Kind::Kvm
     } else {
         Kind::Plain
@@ -65,10 +65,11 @@ text
 ```sh
 # a comment
 cargo xtask test
-cargo run --release -- run \\
+cargo run --release -p hv-cli -- run \\
     --cpus 2
+cargo run -p hv-kvm --example real_mode_kvm
 
-cargo build
+cargo run -p hv-irq --example embed
 ```
 cargo not-in-a-block
 ```console
@@ -87,14 +88,15 @@ cargo xtask guest --path vmlinux
             lines,
             [
                 "cargo xtask test",
-                "cargo run --release -- run --cpus 2",
-                "cargo build",
+                "cargo run --release -p hv-cli -- run --cpus 2",
+                "cargo run -p hv-kvm --example real_mode_kvm",
+                "cargo run -p hv-irq --example embed",
                 "cargo xtask guest --path vmlinux"
             ]
         );
         let kinds: Vec<_> = commands.into_iter().map(|command| command.kind).collect();
         let xtask = |name: &str| Kind::Xtask(name.to_owned());
-        assert_eq!(kinds, [xtask("test"), Kind::Kvm, Kind::Plain, xtask("guest")]);
+        assert_eq!(kinds, [xtask("test"), Kind::Kvm, Kind::Kvm, Kind::Plain, xtask("guest")]);
     }
 
     #[test]
