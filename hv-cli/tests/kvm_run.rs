@@ -126,6 +126,7 @@ fn the_test_device_has_its_latch_its_memory_and_its_page_flush() {
         let args = ["--device", "isa-debug-exit", "--device", "testdev", "--irqchip", irqchip];
         let ran = multiboot(&code, &args);
         assert_eq!(ran.code, Some(5), "{ran:?}");
+        assert!(!ran.stderr.contains("no device"), "{}", ran.stderr);
     }
 }
 

@@ -2,17 +2,20 @@
 //! Host memory mapped for a guest.
 //!
 //! The one place of this crate with `unsafe`. It must stay the only owner of its mapping and never
-//! unmap, remap or protect it while it lives: the kernel and safe slices point into it.
+//! unmap or protect it while it lives, nor put other bytes there: the kernel and safe slices point
+//! into it.
 
 use std::fmt;
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
 use hv_core::{Errno, HostMemory};
-use rustix::mm::Advice;
+use rustix::fs::MemfdFlags;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 /// Why host memory could not be mapped.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -50,22 +53,93 @@ impl Mapping {
     /// # Errors
     /// `EINVAL` for a length of 0, `ENOMEM` for more than the process may have.
     pub fn anonymous(len: u64) -> Result<Self, MapError> {
-        let failed = |call, errno| MapError { len, call, errno };
-        let bytes = usize::try_from(len).map_err(|_| failed("mmap", Errno::ENOMEM))?;
-        let region = MmapRegion::new(bytes).map_err(|error| {
+        let bytes = in_host(len)?;
+        Self::new(len, MmapRegion::new(bytes))
+    }
+
+    /// Maps `len` bytes of memory that a descriptor names (`memfd_create(2)`), so that it can be
+    /// given to another process, or [remapped](Self::remap).
+    ///
+    /// # Errors
+    /// `EINVAL` for a length of 0, `ENOMEM` for more than the process may have, `EMFILE` without
+    /// a descriptor left.
+    pub fn shared(len: u64) -> Result<Self, MapError> {
+        let failed = |call| {
+            move |errno: rustix::io::Errno| MapError {
+                len,
+                call,
+                errno: Errno(errno.raw_os_error()),
+            }
+        };
+        let bytes = in_host(len)?;
+        let memfd = rustix::fs::memfd_create(c"guest memory", MemfdFlags::CLOEXEC)
+            .map_err(failed("memfd_create"))?;
+        rustix::fs::ftruncate(&memfd, len).map_err(failed("ftruncate"))?;
+        Self::new(len, MmapRegion::from_file(FileOffset::new(File::from(memfd), 0), bytes))
+    }
+
+    fn new(len: u64, region: Result<MmapRegion, MmapRegionError>) -> Result<Self, MapError> {
+        let region = region.map_err(|error| {
             let errno = match error {
                 MmapRegionError::Mmap(error) => Errno::from(&error),
                 _ => Errno::EINVAL,
             };
-            failed("mmap", errno)
+            MapError { len, call: "mmap", errno }
         })?;
-        // SAFETY: the range is exactly the mapping just made, and this advice changes neither what
-        // it contains nor how it can be accessed.
-        let advised = unsafe {
-            rustix::mm::madvise(region.as_ptr().cast(), region.size(), Advice::LinuxDontDump)
+        let mapping = Self { region: Arc::new(region) };
+        mapping.leave_out_of_dumps(0, mapping.region.size())?;
+        Ok(mapping)
+    }
+
+    fn leave_out_of_dumps(&self, offset: usize, len: usize) -> Result<(), MapError> {
+        let start = self.region.as_ptr().wrapping_add(offset);
+        // SAFETY: all callers pass a part of this mapping, and this advice changes neither what it
+        // contains nor how it can be accessed.
+        let advised = unsafe { rustix::mm::madvise(start.cast(), len, Advice::LinuxDontDump) };
+        advised.map_err(|errno| MapError {
+            len: len as u64,
+            call: "madvise",
+            errno: Errno(errno.raw_os_error()),
+        })
+    }
+
+    /// Takes the page at `offset` away from every user of the mapping and gives it back at once,
+    /// with what is in it: whoever touches it, a running guest too, has to find it anew. Returns
+    /// whether there is such a page; only [shared](Self::shared) memory has pages to be found anew.
+    ///
+    /// # Errors
+    /// Those of `mmap(2)`; the page is then where it was.
+    pub fn remap(&self, offset: u64) -> Result<bool, MapError> {
+        let page = crate::page_size();
+        let (Some(file), Ok(at)) = (self.region.file_offset(), usize::try_from(offset)) else {
+            return Ok(false);
         };
-        advised.map_err(|errno| failed("madvise", Errno(errno.raw_os_error())))?;
-        Ok(Self { region: Arc::new(region) })
+        if !offset.is_multiple_of(page) || at >= self.region.size() {
+            return Ok(false);
+        }
+        let len = page as usize;
+        let start = self.region.as_ptr().wrapping_add(at);
+        // SAFETY: `start` is a page of this mapping, which is whole pages long. MAP_FIXED replaces
+        // it in one step by a mapping with the same access of the same page of the same file at the
+        // same address: an access at the same time waits for it and sees the same bytes, so
+        // nothing that points here can tell.
+        let remapped = unsafe {
+            rustix::mm::mmap(
+                start.cast(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED,
+                file.file(),
+                file.start() + offset,
+            )
+        };
+        remapped.map_err(|errno| MapError {
+            len: page,
+            call: "mmap",
+            errno: Errno(errno.raw_os_error()),
+        })?;
+        self.leave_out_of_dumps(at, len)?;
+        Ok(true)
     }
 
     /// The mapping as vm-memory knows it, for a [`vm_memory::GuestRegionMmap`].
@@ -81,6 +155,11 @@ impl Mapping {
     }
 }
 
+/// `len` as a size of this process.
+fn in_host(len: u64) -> Result<usize, MapError> {
+    usize::try_from(len).map_err(|_| MapError { len, call: "mmap", errno: Errno::ENOMEM })
+}
+
 impl HostMemory for Mapping {
     fn bytes(&self) -> &[AtomicU8] {
         let start = self.region.as_ptr().cast::<AtomicU8>();
@@ -88,8 +167,10 @@ impl HostMemory for Mapping {
         // - `start` and `size` are those of an mmap that succeeded, so the range is non-null, one
         //   allocation, and no longer than isize::MAX. It was mapped readable and writable.
         // - The mapping lasts as long as the slice: it is unmapped when `region` drops, `self` holds
-        //   `region`, and nothing in this crate or in vm-memory unmaps or remaps it before.
-        // - AtomicU8 has the size and alignment of u8 and no invalid value; mmap zero-fills.
+        //   `region`, and nothing in this crate or in vm-memory unmaps it before. `remap` replaces
+        //   pages by themselves in one step.
+        // - AtomicU8 has the size and alignment of u8 and no invalid value; mmap zero-fills. The
+        //   file behind shared memory has no other owner that could make it shorter.
         // - Others change these bytes while the slice lives: the guest, the kernel, vm-memory by
         //   volatile accesses through raw pointers. The bytes are atomics, so that the compiler may
         //   not assume otherwise, and no `&mut` or `&[u8]` to them is ever made.
@@ -120,6 +201,53 @@ mod tests {
         assert_eq!(last, b"hv");
         mapping.bytes()[0].store(7, Ordering::Relaxed);
         assert_eq!(mapping.as_volatile_slice().read_obj::<u8>(0).unwrap(), 7);
+    }
+
+    #[test]
+    fn a_shared_page_is_remapped_with_its_bytes() {
+        let page = crate::page_size();
+        let mapping = Mapping::shared(3 * page).unwrap();
+        let address = mapping.bytes().as_ptr();
+        for (n, at) in [(1u8, 0), (2, page), (3, 2 * page)] {
+            mapping.bytes()[at as usize].store(n, Ordering::Relaxed);
+        }
+        assert_eq!(mapping.remap(page), Ok(true));
+        assert_eq!(mapping.remap(page), Ok(true));
+        assert_eq!(mapping.bytes().as_ptr(), address);
+        let first = |at: u64| mapping.bytes()[at as usize].load(Ordering::Relaxed);
+        assert_eq!([first(0), first(page), first(2 * page)], [1, 2, 3]);
+        mapping.bytes()[page as usize + 1].store(9, Ordering::Relaxed);
+        assert_eq!(mapping.as_volatile_slice().read_obj::<u8>(page as usize + 1).unwrap(), 9);
+    }
+
+    #[test]
+    fn a_remapped_page_is_really_mapped_anew() {
+        let page = crate::page_size() as usize;
+        let mapping = Mapping::shared(16 * page as u64).unwrap();
+        for at in (0..16).map(|n| n * page) {
+            mapping.bytes()[at].store(1, Ordering::Relaxed);
+        }
+        let faults = || {
+            let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+            let fields = stat.rsplit(") ").next().unwrap();
+            fields.split(' ').nth(7).unwrap().parse::<u64>().unwrap() // minflt
+        };
+        let before = faults();
+        for _ in 0..1000 {
+            mapping.remap(page as u64).unwrap();
+            mapping.bytes()[page].store(2, Ordering::Relaxed);
+        }
+        assert!(faults() - before >= 1000, "each access after a remap faults once");
+    }
+
+    #[test]
+    fn what_is_no_page_of_shared_memory_is_not_remapped() {
+        let page = crate::page_size();
+        let shared = Mapping::shared(page).unwrap();
+        assert_eq!(shared.remap(1), Ok(false));
+        assert_eq!(shared.remap(page), Ok(false));
+        assert_eq!(shared.remap(u64::MAX - page + 1), Ok(false));
+        assert_eq!(Mapping::anonymous(page).unwrap().remap(0), Ok(false));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use hv_core::{Errno, HostRange, MemorySlot, SlotFlags, SlotId};
 use thiserror::Error;
-use vm_memory::{GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap};
 
 use crate::{GuestRange, MapError, Mapping, RamLayout};
 
@@ -43,6 +43,7 @@ pub enum RamError {
 pub struct GuestRam {
     memory: GuestMemoryMmap,
     slots: Vec<MemorySlot>,
+    mappings: Vec<(GuestRange, Arc<Mapping>)>,
 }
 
 impl GuestRam {
@@ -51,11 +52,28 @@ impl GuestRam {
     /// # Errors
     /// The range the host has no memory for, and why.
     pub fn new(layout: &RamLayout) -> Result<Self, RamError> {
+        Self::map(layout, Mapping::anonymous)
+    }
+
+    /// The same in memory whose pages can be [remapped](Self::remap_page).
+    ///
+    /// # Errors
+    /// The range the host has no memory for, and why.
+    pub fn shared(layout: &RamLayout) -> Result<Self, RamError> {
+        Self::map(layout, Mapping::shared)
+    }
+
+    fn map(
+        layout: &RamLayout,
+        mapping: fn(u64) -> Result<Mapping, MapError>,
+    ) -> Result<Self, RamError> {
         let mut regions = Vec::new();
         let mut slots = Vec::new();
+        let mut mappings = Vec::new();
         for (id, &range) in (0..).zip(layout.ranges()) {
             let refused = |error| RamError::Map { range, error };
-            let mapping = Arc::new(Mapping::anonymous(range.len()).map_err(refused)?);
+            let mapping = Arc::new(mapping(range.len()).map_err(refused)?);
+            mappings.push((range, mapping.clone()));
             let region = mapping.region();
             let len = region.size();
             let (Some(region), Some(host)) =
@@ -69,13 +87,28 @@ impl GuestRam {
             let flags = SlotFlags::default();
             slots.push(MemorySlot { id: SlotId(id), guest: range.start(), host, flags });
         }
-        Ok(Self { memory: GuestMemoryMmap::from_regions(regions)?, slots })
+        Ok(Self { memory: GuestMemoryMmap::from_regions(regions)?, slots, mappings })
     }
 
     /// The memory, for loaders and devices. Its clones share it.
     #[must_use]
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
+    }
+
+    /// Takes the page with this guest address away and gives it back at once, with what is in it:
+    /// a running guest has to find it anew. Returns whether that was done: there must be RAM, and
+    /// it must be [shared](Self::shared).
+    ///
+    /// # Errors
+    /// Those of `mmap(2)`; the page is then where it was.
+    pub fn remap_page(&self, guest: GuestAddress) -> Result<bool, RamError> {
+        let Some((range, mapping)) = self.mappings.iter().find(|(r, _)| r.contains(guest)) else {
+            return Ok(false);
+        };
+        let offset = guest.0 - range.start().0;
+        let page = offset - offset % crate::page_size();
+        mapping.remap(page).map_err(|error| RamError::Map { range: *range, error })
     }
 
     /// The slots that give it to a guest, with ids from 0 in the order of guest addresses.
@@ -94,6 +127,19 @@ mod tests {
     fn two_pages_apart() -> GuestRam {
         let hole = GuestRange::new(GuestAddress(0x1000), 0x3000).unwrap();
         GuestRam::new(&RamLayout::new(0x3000, &[hole], 46).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn only_pages_of_shared_ram_are_remapped() {
+        let page = crate::page_size();
+        let layout = RamLayout::new(2 * page, &[], 46).unwrap();
+        let ram = GuestRam::shared(&layout).unwrap();
+        ram.memory().write_obj(7u8, GuestAddress(page + 5)).unwrap();
+        assert!(ram.remap_page(GuestAddress(page + 3)).unwrap());
+        assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(page + 5)).unwrap(), 7);
+        assert!(!ram.remap_page(GuestAddress(2 * page)).unwrap(), "no RAM");
+        let private = GuestRam::new(&layout).unwrap();
+        assert!(!private.remap_page(GuestAddress(0)).unwrap(), "not shared");
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::complete::Completer;
 use crate::config::{DeviceOption, IrqchipMode, KernelConfig, MemorySize, RunConfig};
 use crate::console::{Console, Wire};
 use crate::devices::{
-    Com1, DebugExit, I8042, Latch, PowerControl, ResetPort, Rtc, Scratch, SetIrq,
+    Com1, DebugExit, I8042, Latch, PageRemap, PowerControl, ResetPort, Rtc, Scratch, SetIrq,
 };
 use crate::event::Event;
 use crate::guest::{self, MMIO, MMIO_LEN, PORTS, PORTS_LEN};
@@ -133,7 +133,7 @@ where
         config: &RunConfig,
     ) -> Result<Self, BuildError> {
         let images = config.kernel.as_ref().map(Images::open).transpose()?;
-        let ram = ram(config.memory)?;
+        let ram = Arc::new(ram(config)?);
         let mut init = init_config(config, &ram);
         let parts = if images.is_none() { Some(Parts::new()?) } else { None };
         if let Some(parts) = &parts {
@@ -158,7 +158,7 @@ where
         let mut outside = Outside::default();
         legacy_devices(&mut outside, &ram, &stopper, &console)?;
         interrupts.attach(&mut outside)?;
-        optional_devices(&mut outside, config, &stopper, &interrupts)?;
+        optional_devices(&mut outside, config, &ram, &stopper, &interrupts)?;
         if let Some(checks) = &checks {
             outside.ports.insert("checks", PORTS.into(), PORTS_LEN, checks.ports())?;
             outside.memory.insert("checks", MMIO, MMIO_LEN, checks.mmio())?;
@@ -198,7 +198,8 @@ where
 }
 
 /// The RAM of the machine, mapped.
-fn ram(size: MemorySize) -> Result<GuestRam, BuildError> {
+fn ram(config: &RunConfig) -> Result<GuestRam, BuildError> {
+    let size = config.memory;
     let info = rustix::system::sysinfo();
     let host = MemorySize(info.totalram.saturating_mul(info.mem_unit.into()));
     if size > host {
@@ -211,7 +212,12 @@ fn ram(size: MemorySize) -> Result<GuestRam, BuildError> {
     let holes: Vec<_> = hole.into_iter().collect();
     let layout = RamLayout::new(size.0, &holes, host_address_bits())
         .map_err(|error| BuildError::Layout { size, error })?;
-    GuestRam::new(&layout).map_err(|error| BuildError::Ram { size, error })
+    // Only shared memory has pages that can be taken away and given back.
+    let ram = match config.devices.contains(&DeviceOption::Testdev) {
+        true => GuestRam::shared(&layout),
+        false => GuestRam::new(&layout),
+    };
+    ram.map_err(|error| BuildError::Ram { size, error })
 }
 
 /// Physical address bits of the host's processors (CPUID leaf 0x80000008, EAX bits 0 to 7).
@@ -288,10 +294,20 @@ fn legacy_devices(
     put(ports, "reset", layout::RESET_PORT.into(), 1, ResetPort::new(stopper.clone()))
 }
 
+struct RemapRam(Arc<GuestRam>);
+
+impl PageRemap for RemapRam {
+    fn remap(&mut self, guest: u64) {
+        // A page the host can't map again is where it was: the guest only waits less.
+        let _ = self.0.remap_page(GuestAddress(guest));
+    }
+}
+
 /// The devices that were asked for.
 fn optional_devices<V>(
     outside: &mut Outside,
     config: &RunConfig,
+    ram: &Arc<GuestRam>,
     stopper: &Stopper,
     interrupts: &Interrupts<V>,
 ) -> Result<(), BusError>
@@ -307,6 +323,8 @@ where
             DeviceOption::Testdev => {
                 let lines = SetIrq::new(interrupts.lines());
                 put(&mut outside.ports, "testdev", 0xe0, 4, Latch::default())?;
+                let flush: Box<dyn PageRemap> = Box::new(RemapRam(ram.clone()));
+                put(&mut outside.ports, "testdev", 0xe4, 4, flush)?;
                 put(&mut outside.ports, "testdev", 0x2000, SetIrq::LINES, lines)?;
                 put(
                     &mut outside.memory,
