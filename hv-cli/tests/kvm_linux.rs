@@ -1,5 +1,7 @@
 //! `hv run` boots Linux on real KVM: the kernels and the initramfs of `cargo xtask guest`.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
+
 mod common;
 
 use common::{Running, artefact};

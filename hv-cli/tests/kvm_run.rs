@@ -1,5 +1,7 @@
 //! `hv run` on real KVM: the built-in guest, every way a guest can end, and small kernels.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
+
 mod common;
 
 use common::{Image, Running, hv};

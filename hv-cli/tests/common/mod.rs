@@ -1,6 +1,12 @@
 //! Runs the `hv` binary as a user would, with a time limit, and makes small images for it.
 
 #![allow(dead_code, reason = "every test binary uses a part of this")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests fail by panicking"
+)]
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
