@@ -64,17 +64,14 @@ pub enum PlaceError {
         size: u64,
     },
     /// A fixed place that is not usable RAM below 4 GiB.
-    #[error(
-        "{part} belongs at {range:#x?}, but that is not all RAM: the guest has {ram} bytes of RAM \
-         below 4 GiB; give it more memory"
-    )]
+    #[error("{part} belongs at {range:#x?}, but below 4 GiB the guest has RAM only at {}", list(.ram))]
     NotRam {
         /// What was to be placed.
         part: Part,
         /// Where it belongs.
         range: Range<u64>,
-        /// Usable RAM below 4 GiB, in bytes.
-        ram: u64,
+        /// The usable RAM below 4 GiB.
+        ram: Vec<Range<u64>>,
     },
     /// Two parts that want the same memory.
     #[error("{part} at {range:#x?} overlaps {other} at {taken:#x?}")]
@@ -115,6 +112,11 @@ pub enum PlaceError {
     },
 }
 
+/// The ranges, for a message.
+fn list(ranges: &[Range<u64>]) -> String {
+    ranges.iter().map(|range| format!("{range:#x?}")).collect::<Vec<_>>().join(", ")
+}
+
 /// Guest memory while it is being filled.
 pub(super) struct Space<'a, M> {
     memory: &'a M,
@@ -146,7 +148,8 @@ impl<'a, M: GuestMemoryBackend> Space<'a, M> {
         // The boot page tables and every 32-bit entry reach no further.
         let reach = layout::MMIO_HOLE_END;
         if end > reach || !self.map.ram().any(|ram| ram.start <= start && end <= ram.end) {
-            return Err(PlaceError::NotRam { part, range, ram: self.map.ram_below(reach) });
+            let ram = self.map.ram().filter(|ram| ram.start < reach).cloned().collect();
+            return Err(PlaceError::NotRam { part, range, ram });
         }
         let taken =
             self.claims.iter().find(|(_, other)| other.start < end && start < other.end).cloned();
