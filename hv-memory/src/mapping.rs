@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
 use hv_core::{Errno, HostMemory};
-use rustix::fs::MemfdFlags;
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::Advice;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
@@ -38,17 +38,17 @@ fn remedy(errno: Errno) -> &'static str {
     }
 }
 
-/// Anonymous memory of the host, zero-filled, read and written by host and guest alike.
+/// Memory of the host, zero-filled at first, read and written by host and guest alike.
 ///
-/// Pages take up memory of the host when they are first touched, are private to this process and
-/// are left out of core dumps. The mapping goes when the last `Arc` of it does, which a memory slot
+/// Pages take up memory of the host when they are first touched, and are left out of core dumps. The
+/// mapping goes when the last `Arc` of it does, which a memory slot
 /// or a [`vm_memory::GuestRegionMmap`] may hold.
 pub struct Mapping {
     region: Arc<MmapRegion>,
 }
 
 impl Mapping {
-    /// Maps `len` bytes.
+    /// Maps `len` bytes that are private to this process.
     ///
     /// # Errors
     /// `EINVAL` for a length of 0, `ENOMEM` for more than the process may have.
@@ -64,17 +64,15 @@ impl Mapping {
     /// `EINVAL` for a length of 0, `ENOMEM` for more than the process may have, `EMFILE` without
     /// a descriptor left.
     pub fn shared(len: u64) -> Result<Self, MapError> {
-        let failed = |call| {
-            move |errno: rustix::io::Errno| MapError {
-                len,
-                call,
-                errno: Errno(errno.raw_os_error()),
-            }
-        };
         let bytes = in_host(len)?;
-        let memfd = rustix::fs::memfd_create(c"guest memory", MemfdFlags::CLOEXEC)
-            .map_err(failed("memfd_create"))?;
-        rustix::fs::ftruncate(&memfd, len).map_err(failed("ftruncate"))?;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let memfd = rustix::fs::memfd_create(c"guest memory", flags)
+            .map_err(failed(len, "memfd_create"))?;
+        rustix::fs::ftruncate(&memfd, len).map_err(failed(len, "ftruncate"))?;
+        // An access beyond the end of the file would kill the process, so it keeps its size, whoever
+        // gets hold of the descriptor.
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        rustix::fs::fcntl_add_seals(&memfd, seals).map_err(failed(len, "fcntl of F_ADD_SEALS"))?;
         Self::new(len, MmapRegion::from_file(FileOffset::new(File::from(memfd), 0), bytes))
     }
 
@@ -87,20 +85,8 @@ impl Mapping {
             MapError { len, call: "mmap", errno }
         })?;
         let mapping = Self { region: Arc::new(region) };
-        mapping.leave_out_of_dumps(0, mapping.region.size())?;
+        mapping.advise(0, mapping.region.size(), Advice::LinuxDontDump)?;
         Ok(mapping)
-    }
-
-    fn leave_out_of_dumps(&self, offset: usize, len: usize) -> Result<(), MapError> {
-        let start = self.region.as_ptr().wrapping_add(offset);
-        // SAFETY: all callers pass a part of this mapping, and this advice changes neither what it
-        // contains nor how it can be accessed.
-        let advised = unsafe { rustix::mm::madvise(start.cast(), len, Advice::LinuxDontDump) };
-        advised.map_err(|errno| MapError {
-            len: len as u64,
-            call: "madvise",
-            errno: Errno(errno.raw_os_error()),
-        })
     }
 
     /// Takes the page at `offset` away from every user of the mapping and gives it back at once,
@@ -108,38 +94,25 @@ impl Mapping {
     /// whether there is such a page; only [shared](Self::shared) memory has pages to be found anew.
     ///
     /// # Errors
-    /// Those of `mmap(2)`; the page is then where it was.
+    /// Those of `madvise(2)`.
     pub fn remap(&self, offset: u64) -> Result<bool, MapError> {
         let page = crate::page_size();
-        let (Some(file), Ok(at)) = (self.region.file_offset(), usize::try_from(offset)) else {
-            return Ok(false);
-        };
-        if !offset.is_multiple_of(page) || at >= self.region.size() {
+        let Ok(at) = usize::try_from(offset) else { return Ok(false) };
+        let shared = self.region.file_offset().is_some();
+        if !shared || !offset.is_multiple_of(page) || at >= self.region.size() {
             return Ok(false);
         }
-        let len = page as usize;
-        let start = self.region.as_ptr().wrapping_add(at);
-        // SAFETY: `start` is a page of this mapping, which is whole pages long. MAP_FIXED replaces
-        // it in one step by a mapping with the same access of the same page of the same file at the
-        // same address: an access at the same time waits for it and sees the same bytes, so
-        // nothing that points here can tell.
-        let remapped = unsafe {
-            rustix::mm::mmap(
-                start.cast(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED,
-                file.file(),
-                file.start() + offset,
-            )
-        };
-        remapped.map_err(|errno| MapError {
-            len: page,
-            call: "mmap",
-            errno: Errno(errno.raw_os_error()),
-        })?;
-        self.leave_out_of_dumps(at, len)?;
+        self.advise(at, page as usize, Advice::LinuxDontNeed)?;
         Ok(true)
+    }
+
+    fn advise(&self, offset: usize, len: usize, advice: Advice) -> Result<(), MapError> {
+        let start = self.region.as_ptr().wrapping_add(offset);
+        // SAFETY: all callers pass a part of this mapping, and advice that neither unmaps it nor
+        // changes how it can be accessed nor what is in it: of a shared mapping MADV_DONTNEED drops
+        // only page table entries, and the next access finds the same page of the file.
+        let advised = unsafe { rustix::mm::madvise(start.cast(), len, advice) };
+        advised.map_err(failed(len as u64, "madvise"))
     }
 
     /// The mapping as vm-memory knows it, for a [`vm_memory::GuestRegionMmap`].
@@ -155,6 +128,10 @@ impl Mapping {
     }
 }
 
+fn failed(len: u64, call: &'static str) -> impl Fn(rustix::io::Errno) -> MapError {
+    move |errno| MapError { len, call, errno: Errno(errno.raw_os_error()) }
+}
+
 /// `len` as a size of this process.
 fn in_host(len: u64) -> Result<usize, MapError> {
     usize::try_from(len).map_err(|_| MapError { len, call: "mmap", errno: Errno::ENOMEM })
@@ -167,10 +144,9 @@ impl HostMemory for Mapping {
         // - `start` and `size` are those of an mmap that succeeded, so the range is non-null, one
         //   allocation, and no longer than isize::MAX. It was mapped readable and writable.
         // - The mapping lasts as long as the slice: it is unmapped when `region` drops, `self` holds
-        //   `region`, and nothing in this crate or in vm-memory unmaps it before. `remap` replaces
-        //   pages by themselves in one step.
+        //   `region`, and nothing in this crate or in vm-memory unmaps or replaces it before.
         // - AtomicU8 has the size and alignment of u8 and no invalid value; mmap zero-fills. The
-        //   file behind shared memory has no other owner that could make it shorter.
+        //   file behind shared memory is sealed, so that it can't become shorter.
         // - Others change these bytes while the slice lives: the guest, the kernel, vm-memory by
         //   volatile accesses through raw pointers. The bytes are atomics, so that the compiler may
         //   not assume otherwise, and no `&mut` or `&[u8]` to them is ever made.
@@ -238,6 +214,15 @@ mod tests {
             mapping.bytes()[page].store(2, Ordering::Relaxed);
         }
         assert!(faults() - before >= 1000, "each access after a remap faults once");
+    }
+
+    #[test]
+    fn shared_memory_keeps_its_size() {
+        let mapping = Mapping::shared(crate::page_size()).unwrap();
+        let region = mapping.region();
+        let file = region.file_offset().unwrap().file();
+        let error = file.set_len(0).unwrap_err();
+        assert_eq!(Errno::from(&error), Errno::EPERM);
     }
 
     #[test]

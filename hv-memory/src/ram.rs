@@ -101,7 +101,7 @@ impl GuestRam {
     /// it must be [shared](Self::shared).
     ///
     /// # Errors
-    /// Those of `mmap(2)`; the page is then where it was.
+    /// Those of `madvise(2)`.
     pub fn remap_page(&self, guest: GuestAddress) -> Result<bool, RamError> {
         let Some((range, mapping)) = self.mappings.iter().find(|(r, _)| r.contains(guest)) else {
             return Ok(false);
