@@ -69,7 +69,7 @@ cargo run --release -p hv-cli -- run \\
     --cpus 2
 cargo run -p hv-kvm --example real_mode_kvm
 
-cargo run -p hv-irq --example embed
+cargo run -p hv-irq --example embed_irq
 ```
 cargo not-in-a-block
 ```console
@@ -90,7 +90,7 @@ cargo xtask guest --path vmlinux
                 "cargo xtask test",
                 "cargo run --release -p hv-cli -- run --cpus 2",
                 "cargo run -p hv-kvm --example real_mode_kvm",
-                "cargo run -p hv-irq --example embed",
+                "cargo run -p hv-irq --example embed_irq",
                 "cargo xtask guest --path vmlinux"
             ]
         );
