@@ -6,7 +6,7 @@
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::PoisonError;
+use std::sync::TryLockError;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -119,13 +119,20 @@ impl Input {
         }
     }
 
+    /// Gives the port what it takes. One that is busy, maybe waiting for a reader of its output, is
+    /// not waited for: the main loop must stay able to end the machine.
     fn offer(&mut self, com1: &Shared<SerialPort>) {
-        let taken = com1.lock().unwrap_or_else(PoisonError::into_inner).input(&self.pending);
+        let mut port = match com1.try_lock() {
+            Ok(port) => port,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        let taken = port.input(&self.pending);
         self.pending.drain(..taken.min(self.pending.len()));
     }
 }
 
-/// While the port is in loop-back mode it takes no input and does not say when it would again.
+/// A port that is busy or in loop-back mode takes no input and does not say when it would again.
 const RETRY: Duration = Duration::from_millis(50);
 
 /// Nothing tells a job that it has come to the foreground.

@@ -4,6 +4,11 @@
 
 mod common;
 
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
 use common::{Image, Running, hv};
 
 /// Ends the machine by the ACPI sleep control value: mov dx,0x600; mov al,0x34; out dx,al; hlt.
@@ -163,6 +168,47 @@ fn a_signal_stops_it_and_says_so() {
     let ran = running.finish();
     assert_eq!(ran.code, Some(14), "{ran:?}");
     assert!(ran.stderr.contains("signal 15"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_reader_that_does_not_read_can_not_keep_it_alive() {
+    // loop: mov dx,0x3f8; mov al,'x'; out dx,al; jmp loop
+    let image = Image::new(&[0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xeb, 0xf8]);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_hv"))
+        .args(["run", "--kernel", image.path(), "--format", "flat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let (stdout, mut stdin) = (child.stdout.take().unwrap(), child.stdin.take().unwrap());
+    // A pipe counts as full when its last page is in use.
+    let size = rustix::pipe::fcntl_getpipe_size(&stdout).unwrap() as u64;
+    let full = size - rustix::param::page_size() as u64;
+    let deadline = Instant::now() + common::LIMIT;
+    let wait_until = |what: &str, done: &dyn Fn() -> bool| {
+        while !done() {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let waiting = |pipe: BorrowedFd<'_>| rustix::io::ioctl_fionread(pipe).unwrap();
+    wait_until("the guest does not print", &|| waiting(stdout.as_fd()) > full);
+    // The serial port waits for its reader now; what is typed has to wait, too.
+    stdin.write_all(b"typed").unwrap();
+    wait_until("hv does not read", &|| waiting(stdin.as_fd()) == 0);
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let code = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status.code();
+        }
+        if Instant::now() >= deadline {
+            child.kill().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert_eq!(code, Some(14));
 }
 
 #[test]

@@ -5,7 +5,8 @@
 //! search: no allocation on the exit path.
 //!
 //! Locks: a thread holds at most one device's lock, taken here. A device may take the locks of
-//! hv-irq and hv-memory while it answers, never the other way round.
+//! hv-irq and hv-memory while it answers, and that of the [`Stopper`](super::stop::Stopper) last; never the
+//! other way round. The main thread only tries a device's lock.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
