@@ -68,7 +68,7 @@ fn event() -> Arc<OwnedFd> {
     match File::open("/dev/null") {
         Ok(file) => Arc::new(file.into()),
         Err(error) => {
-            eprintln!("embed: can't open /dev/null: {error}");
+            eprintln!("embed_irq: can't open /dev/null: {error}");
             std::process::exit(1)
         }
     }
