@@ -212,6 +212,28 @@ fn a_reader_that_does_not_read_can_not_keep_it_alive() {
 }
 
 #[test]
+fn it_stops_even_if_no_signal_can_be_queued() {
+    // Of util-linux, which every Debian has.
+    let mut child = Command::new("prlimit")
+        .args(["--sigpending=0", env!("CARGO_BIN_EXE_hv"), "run"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + common::LIMIT;
+    let code = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status.code();
+        }
+        if Instant::now() >= deadline {
+            child.kill().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert_eq!(code, Some(0));
+}
+
+#[test]
 fn too_many_processors_and_images_that_are_no_kernel_are_usage_errors() {
     let ran = hv(&["run", "--cpus", "100000"]);
     assert_eq!(ran.code, Some(2), "{ran:?}");

@@ -155,7 +155,7 @@ fn remedy(call: Call, errno: Errno) -> Option<&'static str> {
         (I::Ioeventfd, Errno::ENOENT) => "no ioeventfd has this address, length, value and eventfd",
         (I::Ioeventfd, Errno::ENOSPC) => "the VM has its maximum of in-kernel I/O devices",
         (I::Ioeventfd, Errno::EINVAL) => {
-            "not an eventfd, or a length other than 1, 2, 4, 8 or 0 without a value"
+            "not an eventfd, a length other than 1, 2, 4, 8 or 0 without a value, or a range that reaches the last address"
         }
         (I::SetUserMemoryRegion, Errno::EEXIST) => "the range overlaps another slot",
         (I::SetUserMemoryRegion, Errno::EINVAL) => {

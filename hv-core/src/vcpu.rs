@@ -46,8 +46,9 @@ pub trait Vcpu: Send {
     /// exit is taken first, even if a kick ends the run at once.
     ///
     /// # Errors
-    /// Those of the ioctl, except `EINTR`, which is [`VcpuExit::Interrupted`], and `EFAULT` with
-    /// details, which is [`VcpuExit::MemoryFault`].
+    /// Those of the ioctl, except `EINTR`, which is [`VcpuExit::Interrupted`], `EFAULT` with details,
+    /// which is [`VcpuExit::MemoryFault`], and `EAGAIN` of a vCPU that is just being started, which the
+    /// backend tries again.
     fn run(&mut self) -> Result<VcpuExit, Error>;
 
     /// The data of the last [`VcpuExit::Io`], `size * count` bytes: what the guest wrote, or the

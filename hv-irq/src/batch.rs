@@ -428,4 +428,34 @@ mod tests {
         assert_eq!(error, RouterError::ForeignRoute(Gsi(24)));
         assert_eq!(taken(&log), []);
     }
+
+    #[test]
+    fn a_handle_kept_from_a_failed_batch_can_not_be_bound_before_it_is_routed() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let refusing = Arc::new(AtomicBool::new(true));
+        let refuse = refusing.clone();
+        let (router, log) = router(4096, move |told| match told {
+            Told::Table(n) if n > 38 && refuse.load(Ordering::Relaxed) => Some(Errno::ENOMEM),
+            _ => None,
+        });
+        let mut kept = Vec::new();
+        let failed = router.batch(|batch| {
+            kept.push(batch.add_msi(msi(0x40))?);
+            Ok(())
+        });
+        assert!(matches!(failed, Err(RouterError::Kvm(_))));
+        let route = &kept[0];
+        taken(&log);
+        let error = router.batch(|batch| batch.bind(route, event())).unwrap_err();
+        assert_eq!(error, RouterError::NotRouted(route.gsi()));
+        assert_eq!(taken(&log), [], "KVM would lose its events");
+        refusing.store(false, Ordering::Relaxed);
+        router
+            .batch(|batch| {
+                batch.set_msi(route, msi(0x40))?;
+                batch.bind(route, event())
+            })
+            .unwrap();
+        assert_eq!(taken(&log), [Told::Table(39), Told::Assign(route.gsi())]);
+    }
 }

@@ -43,6 +43,9 @@ pub enum RouterError {
         /// The descriptor bound to it.
         fd: RawFd,
     },
+    /// The GSI has no route to bind an eventfd to: the batch that was to make it failed.
+    #[error("GSI {0} has no route, and its events would be lost: drop it, or route it first")]
+    NotRouted(Gsi),
     /// The route belongs to another router.
     #[error("the route of GSI {0} belongs to another VM's router")]
     ForeignRoute(Gsi),

@@ -10,12 +10,15 @@ use hv_core::{Gsi, IrqchipId, Route, RouteTarget};
 /// Pins of the I/O APIC, and with it the GSIs no message may have: 0 to 23, with the hole at 2.
 pub const LEGACY_GSIS: Range<u32> = 0..24;
 
+/// The GSI that does not exist: PIC pin 2 is where the slave PIC is wired.
+pub(crate) const CASCADE: u32 = 2;
+
 /// The 38 routes of a PC, on 23 GSIs.
 ///
 /// The timer is ISA interrupt 0 at the PIC but pin 2 at the I/O APIC (the interrupt source override
 /// 0 to 2 of the ACPI MADT), and PIC pin 2 is where the slave PIC is wired: so there is no GSI 2.
 pub fn pc_default_routes() -> impl Iterator<Item = Route> {
-    LEGACY_GSIS.filter(|&gsi| gsi != 2).flat_map(|gsi| {
+    LEGACY_GSIS.filter(|&gsi| gsi != CASCADE).flat_map(|gsi| {
         let pic = match gsi {
             0..8 => Some((IrqchipId::PIC_MASTER, gsi)),
             8..16 => Some((IrqchipId::PIC_SLAVE, gsi - 8)),

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hv_core::{Error, Gsi, IrqBackend, LineStatus, Msi, MsiStatus, Route};
 
+use crate::pins::CASCADE;
 use crate::state::{Op, State};
 use crate::{Batch, GsiBitmap, LEGACY_GSIS, RouterError, RoutingTable, pc_default_routes};
 
@@ -101,8 +102,8 @@ impl<V: IrqBackend> IrqRouter<V> {
     /// returns `Ok`, and not at all otherwise.
     ///
     /// A batch that changes nothing calls no ioctl. Any other unbinds irqfds, writes the table once if
-    /// it differs, and binds irqfds. Handles from a batch that failed are dropped, which frees their
-    /// GSIs.
+    /// it differs, and binds irqfds. A handle that `change` kept although the batch failed owns a GSI
+    /// without a route: it can be routed by another batch, or dropped.
     ///
     /// # Errors
     /// Those of `change`, of the rules of routes and irqfds, and of KVM.
@@ -131,7 +132,8 @@ impl<V: IrqBackend> IrqRouter<V> {
     /// The pins are in user space, or the ioctl failed.
     pub fn set_line(&self, gsi: Gsi, level: bool) -> Result<Option<LineStatus>, RouterError> {
         let Shared { vm, config, .. } = &*self.shared;
-        if config.pins == LegacyPins::Userspace {
+        let is_line = LEGACY_GSIS.contains(&gsi.0) && gsi.0 != CASCADE;
+        if config.pins == LegacyPins::Userspace || !is_line {
             return Err(RouterError::NoKernelLine(gsi));
         }
         Ok(if config.inject_status {
@@ -247,5 +249,20 @@ mod tests {
             let status = router.set_line(Gsi(4), true).unwrap();
             assert_eq!(status, inject_status.then_some(LineStatus::Coalesced));
         }
+    }
+
+    #[test]
+    fn only_lines_of_the_kernel_are_set() {
+        let mut vm = MockVm::new();
+        vm.expect_drop().return_const(());
+        vm.expect_set_gsi_routing().returning(|_| Ok(()));
+        vm.expect_irq_line().withf(|gsi, _| gsi.0 == 23).once().returning(|_, _| Ok(()));
+        let config =
+            RouterConfig { gsi_count: 4096, pins: LegacyPins::Kernel, inject_status: false };
+        let router = IrqRouter::new(Arc::new(vm), config).unwrap();
+        for gsi in [2, 24, u32::MAX].map(Gsi) {
+            assert_eq!(router.set_line(gsi, true), Err(RouterError::NoKernelLine(gsi)));
+        }
+        assert_eq!(router.set_line(Gsi(23), true), Ok(None));
     }
 }

@@ -154,6 +154,10 @@ impl State {
             }
             Op::Bind(gsi, event) => {
                 let (gsi, fd) = (*gsi, event.as_raw_fd());
+                // KVM would take it, and lose every event.
+                if self.table.get(gsi) == Targets::None {
+                    return Err(RouterError::NotRouted(gsi));
+                }
                 if let Some(bound) = self.irqfds.get(fd) {
                     return Err(RouterError::EventInUse { fd, gsi: bound.gsi });
                 }

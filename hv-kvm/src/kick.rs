@@ -28,20 +28,22 @@ use crate::raw::checked;
 use crate::run_page::ImmediateExit;
 use crate::vm::VmInner;
 
-/// The signal that interrupts `KVM_RUN`: `SIGRTMIN + 4`, 38 with glibc.
+/// The signal that interrupts `KVM_RUN`: `SIGURG`.
+///
+/// A standard signal, because Linux delivers one always; a real-time signal is refused (`EAGAIN`) once
+/// the user's processes together have as many queued as `RLIMIT_SIGPENDING` allows. Of those, `SIGURG`
+/// is the one that programs expect at any time and that does nothing by default.
 ///
 /// It is sent to threads that run a vCPU, and may reach one just after it left; a blocking system
 /// call it makes then fails with `EINTR` once. The program must leave the handler alone that
 /// [`hv_core::Hypervisor::install_kick`] installs, and must not block the signal in a thread that
 /// runs a vCPU: the first run in a thread unblocks it.
-#[must_use]
-pub fn kick_signal() -> i32 {
-    libc::SIGRTMIN() + 4
-}
+pub const KICK_SIGNAL: i32 = libc::SIGURG;
 
 /// Stops a vCPU from another thread.
 ///
-/// It keeps neither the vCPU nor the VM: kicking a vCPU that is gone does nothing.
+/// It keeps neither the vCPU nor the VM: kicking a vCPU that is gone does nothing. In a child made by
+/// `fork(2)` without `exec`, a vCPU must be run by a new thread.
 #[derive(Debug, Clone)]
 pub struct KvmKick(Weak<Kickable>);
 
@@ -53,7 +55,7 @@ impl VcpuKick for KvmKick {
         if thread == 0 {
             return Ok(());
         }
-        // Without a handler the signal would end the process.
+        // Without a handler the signal would interrupt nothing.
         install()?;
         match signal(thread) {
             // The thread has ended, so it has left the run before.
@@ -114,7 +116,7 @@ fn unblock() {
     // SAFETY: sigemptyset initializes the set it is given.
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
     // SAFETY: the set has just been initialized.
-    unsafe { libc::sigaddset(set.as_mut_ptr(), kick_signal()) };
+    unsafe { libc::sigaddset(set.as_mut_ptr(), KICK_SIGNAL) };
     // SAFETY: the call reads the set and writes no old one. It fails only for a bad first argument.
     unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, set.as_ptr(), ptr::null_mut()) };
 }
@@ -123,7 +125,7 @@ fn unblock() {
 fn signal(thread: i32) -> Result<(), Errno> {
     let process = std::process::id().cast_signed();
     // SAFETY: the call takes numbers, and the signal has a handler that does nothing.
-    let returned = unsafe { libc::tgkill(process, thread, kick_signal()) };
+    let returned = unsafe { libc::tgkill(process, thread, KICK_SIGNAL) };
     checked(returned).map(|_| ())
 }
 
@@ -143,7 +145,7 @@ pub(crate) fn install() -> Result<(), Error> {
     // Two threads that get here together find no handler or ours, and install the same one.
     let mut current = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: the call writes the current action and installs none.
-    checked(unsafe { libc::sigaction(kick_signal(), ptr::null(), current.as_mut_ptr()) })
+    checked(unsafe { libc::sigaction(KICK_SIGNAL, ptr::null(), current.as_mut_ptr()) })
         .map_err(error)?;
     // SAFETY: an all-zero sigaction is a value, and the call has succeeded in writing another.
     let current = unsafe { current.assume_init() };
@@ -157,7 +159,7 @@ pub(crate) fn install() -> Result<(), Error> {
     // Not SA_RESTART: the interrupted call is to fail with EINTR.
     action.sa_flags = libc::SA_ONSTACK;
     // SAFETY: the handler does nothing, which is safe at any point of any thread.
-    checked(unsafe { libc::sigaction(kick_signal(), &action, ptr::null_mut()) }).map_err(error)?;
+    checked(unsafe { libc::sigaction(KICK_SIGNAL, &action, ptr::null_mut()) }).map_err(error)?;
     INSTALLED.store(true, Ordering::Release);
     Ok(())
 }
@@ -167,8 +169,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_signal_is_a_real_time_one() {
-        assert!((libc::SIGRTMIN()..=libc::SIGRTMAX()).contains(&kick_signal()));
+    fn the_signal_is_a_standard_one_which_is_never_refused() {
+        assert!((1..32).contains(&KICK_SIGNAL));
     }
 
     #[test]
@@ -193,7 +195,7 @@ mod tests {
             // SAFETY: the call writes the mask of this thread.
             unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, ptr::null(), set.as_mut_ptr()) };
             // SAFETY: the set has just been written.
-            unsafe { libc::sigismember(set.as_ptr(), kick_signal()) == 1 }
+            unsafe { libc::sigismember(set.as_ptr(), KICK_SIGNAL) == 1 }
         };
         std::thread::spawn(move || {
             let mut set = MaybeUninit::<libc::sigset_t>::uninit();

@@ -15,7 +15,7 @@ mod system;
 mod vcpu;
 mod vm;
 
-pub use kick::{KvmKick, kick_signal};
+pub use kick::{KICK_SIGNAL, KvmKick};
 pub use system::Kvm;
 pub use vcpu::KvmVcpu;
 pub use vm::KvmVm;

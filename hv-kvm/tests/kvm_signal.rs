@@ -18,7 +18,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use hv_core::{Call, Errno, Hypervisor, Vcpu, VcpuExit, VcpuKick};
-use hv_kvm::kick_signal;
+use hv_kvm::KICK_SIGNAL;
 
 static CALLED: AtomicU32 = AtomicU32::new(0);
 
@@ -31,7 +31,7 @@ fn set_handler(handler: libc::sighandler_t) {
     let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
     action.sa_sigaction = handler;
     // SAFETY: the handler adds to an atomic, which a signal handler may.
-    assert_eq!(unsafe { libc::sigaction(kick_signal(), &action, ptr::null_mut()) }, 0);
+    assert_eq!(unsafe { libc::sigaction(KICK_SIGNAL, &action, ptr::null_mut()) }, 0);
 }
 
 #[test]
@@ -43,7 +43,7 @@ fn a_foreign_handler_stays_and_is_an_error_until_it_is_gone() {
     let error = kvm.install_kick().unwrap_err();
     assert_eq!((error.call, error.errno), (Call::Sigaction, Errno::EBUSY));
     // SAFETY: the signal has a handler.
-    assert_eq!(unsafe { libc::raise(kick_signal()) }, 0);
+    assert_eq!(unsafe { libc::raise(KICK_SIGNAL) }, 0);
     assert_eq!(CALLED.load(Ordering::SeqCst), 1, "the handler is still the program's");
 
     // What needs no signal works without.
@@ -53,6 +53,6 @@ fn a_foreign_handler_stays_and_is_an_error_until_it_is_gone() {
     set_handler(libc::SIG_DFL);
     kvm.install_kick().unwrap();
     // SAFETY: the signal has a handler.
-    assert_eq!(unsafe { libc::raise(kick_signal()) }, 0);
+    assert_eq!(unsafe { libc::raise(KICK_SIGNAL) }, 0);
     assert_eq!(CALLED.load(Ordering::SeqCst), 1);
 }

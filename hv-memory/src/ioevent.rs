@@ -63,14 +63,14 @@ impl IoEventMatch {
         if wide {
             return Err(IoEventError::ValueTooWide(*self));
         }
-        // The last byte written must have an address, too.
-        let last = self.address.value().checked_add(self.length.saturating_sub(1).into());
+        // KVM wants an address after the last byte written, and there are 2^16 ports.
+        let end = self.address.value().checked_add(self.length.into());
         let most = match self.address {
             IoAddress::Mmio(_) => u64::MAX,
-            IoAddress::Pio(_) => u16::MAX.into(),
+            IoAddress::Pio(_) => 1 << 16,
         };
-        match last {
-            Some(last) if last <= most => Ok(()),
+        match end {
+            Some(end) if end <= most => Ok(()),
             _ => Err(IoEventError::Wraps(*self)),
         }
     }
@@ -376,7 +376,9 @@ mod tests {
             assert!(refused.to_string().contains(text), "{refused}");
         }
         assert_eq!(*vm.calls.lock().unwrap(), 0);
-        registry.assign(mmio(u64::MAX - 3, 4, Some(0xffff_ffff)), event()).unwrap();
+        let last = mmio(u64::MAX - 3, 4, None);
+        assert_eq!(registry.assign(last, event()).unwrap_err(), IoEventError::Wraps(last));
+        registry.assign(mmio(u64::MAX - 4, 4, Some(0xffff_ffff)), event()).unwrap();
         registry.assign(mmio(1 << 40, 8, Some(u64::MAX)), event()).unwrap();
     }
 

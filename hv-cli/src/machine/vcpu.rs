@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use hv_core::{Errno, InternalError, Vcpu};
+use hv_core::{InternalError, Vcpu};
 use vm_memory::GuestMemoryMmap;
 
 use super::crash::CrashReport;
@@ -73,8 +73,6 @@ impl<V: Vcpu> VcpuThread<V> {
         while !stopper.is_stopped() {
             let exit = match self.vcpu.run() {
                 Ok(exit) => exit,
-                // An application processor that was just started: KVM asks for another try.
-                Err(error) if error.errno == Errno::EAGAIN => continue,
                 Err(error) => {
                     crash = Some(Box::new(CrashReport::collect(&self.vcpu, &self.memory, &[])));
                     stopper.stop(StopReason::Failed { vcpu: id, error });
@@ -137,7 +135,7 @@ mod tests {
     use super::*;
     use crate::event::Event;
     use hv_core::mock::MockVcpu;
-    use hv_core::{Error, Ioctl, VcpuExit};
+    use hv_core::{Errno, Error, Ioctl, VcpuExit};
     use kvm_bindings::{kvm_regs, kvm_sregs, kvm_translation};
     use vm_memory::GuestAddress;
 
@@ -181,16 +179,12 @@ mod tests {
     }
 
     #[test]
-    fn a_starting_processor_is_run_again() {
+    fn a_kick_without_a_stop_goes_on() {
         let mut vcpu = vcpu();
         let mut runs = 0;
-        vcpu.expect_run().times(3).returning(move || {
+        vcpu.expect_run().times(2).returning(move || {
             runs += 1;
-            match runs {
-                1 => Err(Error::new(Ioctl::Run, Errno::EAGAIN)),
-                2 => Ok(VcpuExit::Interrupted),
-                _ => Ok(VcpuExit::Shutdown),
-            }
+            Ok(if runs == 1 { VcpuExit::Interrupted } else { VcpuExit::Shutdown })
         });
         let stopper = stopper();
         let report = thread(vcpu, stopper.clone()).run();

@@ -110,8 +110,9 @@ impl<M: MemoryBackend> SlotManager<M> {
     /// free, or KVM refuses.
     pub fn add(&self, new: NewSlot) -> Result<Slot<M>, SlotError> {
         let NewSlot { name, guest, host, flags } = new;
+        let _gone;
         let mut state = self.shared.state();
-        state.reap(&*self.shared.vm);
+        _gone = state.reap(&*self.shared.vm);
         let id = state.table.unused_id(&name)?;
         let slot = MemorySlot { id, guest, host, flags };
         let range = state.table.place(&name, &slot)?;
@@ -159,10 +160,19 @@ impl<M: MemoryBackend> Shared<M> {
 
     /// Deletes a slot whose owner is done with it. If KVM refuses, a later addition tries again.
     fn release(&self, id: SlotId) -> Result<(), SlotError> {
+        // Dropped after the lock: what happens when this memory goes may need the manager.
+        let _gone;
         let mut state = self.state();
-        let Err(error) = state.delete(&*self.vm, id) else { return Ok(()) };
-        state.abandoned.insert(id);
-        Err(error)
+        match state.delete(&*self.vm, id) {
+            Ok(entry) => {
+                _gone = entry;
+                Ok(())
+            }
+            Err(error) => {
+                state.abandoned.insert(id);
+                Err(error)
+            }
+        }
     }
 }
 
@@ -172,21 +182,25 @@ impl State {
         self.table.get(id).cloned().ok_or(SlotError::ManagerGone(id))
     }
 
-    fn delete<M: MemoryBackend>(&mut self, vm: &M, id: SlotId) -> Result<(), SlotError> {
+    fn delete<M: MemoryBackend>(&mut self, vm: &M, id: SlotId) -> Result<Option<Entry>, SlotError> {
         if let Some(entry) = self.table.get(id).filter(|entry| entry.mapped) {
             vm.delete_memory_slot(id)
                 .map_err(|error| SlotError::Kvm { name: entry.name.clone(), error })?;
         }
-        self.table.take(id);
-        Ok(())
+        Ok(self.table.take(id))
     }
 
-    fn reap<M: MemoryBackend>(&mut self, vm: &M) {
+    /// Tries again to delete what is abandoned; the entries that went are to be dropped after the
+    /// lock.
+    fn reap<M: MemoryBackend>(&mut self, vm: &M) -> Vec<Entry> {
+        let mut gone = Vec::new();
         for id in std::mem::take(&mut self.abandoned) {
-            if self.delete(vm, id).is_err() {
-                self.abandoned.insert(id);
+            match self.delete(vm, id) {
+                Ok(entry) => gone.extend(entry),
+                Err(_) => drop(self.abandoned.insert(id)),
             }
         }
+        gone
     }
 }
 
