@@ -6,12 +6,17 @@
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::TryLockError;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, TryLockError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{
+    SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2,
+    SIGVTALRM, SIGXCPU, SIGXFSZ,
+};
+use signal_hook::flag::{self, register_conditional_default};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 
@@ -63,27 +68,58 @@ impl Write for Wire {
     }
 }
 
-/// The signals that reach the main loop, taken from the start so that none ends the process
-/// behind its back.
-pub struct Signals(SignalDelivery<UnixStream, SignalOnly>);
+/// The signals that would end the process. While the main loop serves a machine they reach it, so
+/// that the terminal is restored; before and after, when nothing looks for them, they do what they
+/// do to any program.
+pub struct Signals {
+    delivery: SignalDelivery<UnixStream, SignalOnly>,
+    /// Whether each signal does what it does by default.
+    default: Arc<AtomicBool>,
+}
+
+/// All whose default is to end the process, except those that tell of a bug.
+const ENDING: [i32; 11] = [
+    SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGXCPU, SIGIO,
+];
 
 impl Signals {
-    /// Takes SIGTERM, SIGINT, SIGHUP, SIGQUIT and SIGCONT.
+    /// Takes the signals, and ignores SIGXFSZ: a console that may not grow is one that is full.
     ///
     /// # Errors
     /// The system refuses a socket pair or a handler.
     pub fn take() -> io::Result<Self> {
         let (read, write) = UnixStream::pair()?;
         read.set_nonblocking(true)?;
-        let signals = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGCONT];
-        SignalDelivery::with_pipe(read, write, SignalOnly, signals).map(Self)
+        let default = Arc::new(AtomicBool::new(true));
+        for signal in ENDING {
+            register_conditional_default(signal, default.clone())?;
+        }
+        flag::register(SIGXFSZ, Arc::default())?;
+        let signals = ENDING.into_iter().chain([SIGCONT]);
+        let delivery = SignalDelivery::with_pipe(read, write, SignalOnly, signals)?;
+        Ok(Self { delivery, default })
     }
 }
+
+/// Restores the default of the signals when the main loop ends, however it does.
+struct Serving<'a>(&'a AtomicBool);
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// What a person may type ahead of a guest that does not read. Beyond it, keys are dropped, but for
+/// the escape key, which must work whatever the guest does.
+const TYPED_AHEAD: usize = 4096;
 
 /// What is still to be typed into the guest.
 #[derive(Default)]
 struct Input {
     parser: EscapeParser,
+    /// Whether the guest takes any.
+    wanted: bool,
     /// Whether the escape key means anything: only what a person types has one.
     escapes: bool,
     pending: Vec<u8>,
@@ -113,9 +149,13 @@ impl Input {
             }
             match self.parser.push(byte, &mut self.pending) {
                 Some(Action::Quit) => stopper.stop(StopReason::UserQuit),
-                Some(Action::Help) => eprint!("{KEYS_HELP}"),
+                Some(Action::Help) => show_keys(),
                 None => {}
             }
+            self.pending.truncate(TYPED_AHEAD);
+        }
+        if !self.wanted {
+            self.pending.clear();
         }
     }
 
@@ -129,6 +169,15 @@ impl Input {
         };
         let taken = port.input(&self.pending);
         self.pending.drain(..taken.min(self.pending.len()));
+    }
+}
+
+/// Shows the keys, unless that would have to wait.
+fn show_keys() {
+    let stderr = rustix::stdio::stderr();
+    let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
+    if let Ok(1) = poll(&mut fds, Some(&Timespec::default())) {
+        let _ = rustix::io::write(stderr, KEYS_HELP.as_bytes());
     }
 }
 
@@ -149,6 +198,8 @@ pub struct Console {
     pub drained: Event,
     /// Stops the machine.
     pub stopper: Stopper,
+    /// Whether what is typed goes to the guest; the escape key works in any case.
+    pub takes_input: bool,
 }
 
 impl Console {
@@ -163,18 +214,27 @@ impl Console {
         limit: Option<Duration>,
         late: StopReason,
     ) -> Result<(), TerminalError> {
+        signals.default.store(false, Ordering::SeqCst);
+        let _serving = Serving(&signals.default.clone());
         let mut raw = RawMode::enter(rustix::stdio::stdin())?;
-        let mut input = Input { escapes: raw.is_some(), ..Input::default() };
+        let mut input = Input {
+            escapes: raw.is_some(),
+            wanted: self.takes_input,
+            // Bytes in a pipe are for the guest, and stay where they are if it takes none.
+            ended: raw.is_none() && !self.takes_input,
+            ..Input::default()
+        };
         let deadline = limit.map(|limit| (Instant::now() + limit, late));
         while !self.stopper.is_stopped() {
             // A job in the background must not read the terminal: it would be stopped.
             let away = raw.is_some() && !in_foreground(rustix::stdio::stdin());
-            // What is typed stays in the kernel while the port has no room for more.
-            let reads = !away && !input.ended && input.pending.is_empty();
+            // What a program writes stays in its pipe while the port has no room for more.
+            let room = input.escapes || input.pending.is_empty();
+            let reads = !away && !input.ended && room;
             let stdin = rustix::stdio::stdin();
             let mut fds = [
                 PollFd::new(self.stopper.event(), PollFlags::IN),
-                PollFd::new(signals.0.get_read(), PollFlags::IN),
+                PollFd::new(signals.delivery.get_read(), PollFlags::IN),
                 PollFd::new(&self.drained, PollFlags::IN),
                 PollFd::new(&stdin, PollFlags::IN),
             ];
@@ -192,10 +252,10 @@ impl Console {
             }
             let [_, signalled, emptied, typed] = fds.map(|fd| !fd.revents().is_empty());
             if signalled {
-                take_signals(signals, &self.stopper, raw.as_mut())?;
+                take_signals(signals, &self.stopper, raw.as_mut());
             }
             if away && let Some(raw) = &mut raw {
-                raw.resume()?;
+                resume(raw);
             }
             if emptied {
                 self.drained.take();
@@ -224,15 +284,18 @@ fn take_signals(
     signals: &mut Signals,
     stopper: &Stopper,
     raw: Option<&mut RawMode<BorrowedFd<'static>>>,
-) -> Result<(), TerminalError> {
-    let pending: Vec<_> = signals.0.pending().collect();
-    if pending.contains(&SIGCONT)
-        && let Some(raw) = raw
-    {
-        raw.resume()?;
-    }
-    if let Some(signal) = pending.into_iter().find(|s| *s != SIGCONT) {
+) {
+    let pending: Vec<_> = signals.delivery.pending().collect();
+    if let Some(&signal) = pending.iter().find(|signal| ENDING.contains(signal)) {
         stopper.stop(StopReason::Signal(signal));
+    } else if let Some(raw) = raw {
+        // Continued after a stop.
+        resume(raw);
     }
-    Ok(())
+}
+
+/// Makes the terminal raw again. One that was hung up can't be, and is no console any more; the
+/// machine goes on without.
+fn resume(raw: &mut RawMode<BorrowedFd<'static>>) {
+    let _ = raw.resume();
 }

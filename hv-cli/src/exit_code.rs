@@ -3,6 +3,7 @@
 //! The codes are even, because a guest with `--device isa-debug-exit` chooses an odd one.
 
 use hv_core::{Error, InternalError};
+use signal_hook::low_level::signal_name;
 
 /// Why a virtual machine stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,7 +127,12 @@ impl std::fmt::Display for StopReason {
             StopReason::ChecksFailed => f.write_str("a check of the built-in guest failed"),
             StopReason::TripleFault { vcpu } => write!(f, "triple fault on vCPU {vcpu}"),
             StopReason::InternalError { vcpu, error } => {
-                write!(f, "KVM could not go on with vCPU {vcpu}: {}", error.name())
+                let (suberror, name) = (error.suberror, error.name());
+                write!(f, "KVM could not go on with vCPU {vcpu}: sub-error {suberror} ({name})")?;
+                for (i, word) in error.data().iter().enumerate() {
+                    write!(f, "{}{word:#x}", if i == 0 { ", data " } else { " " })?;
+                }
+                Ok(())
             }
             StopReason::FailEntry { vcpu, reason, cpu } => write!(
                 f,
@@ -140,7 +146,10 @@ impl std::fmt::Display for StopReason {
                 write!(f, "the thread of vCPU {vcpu} ended unexpectedly; please report this")
             }
             StopReason::UserQuit => f.write_str("ended with Ctrl-A x"),
-            StopReason::Signal(number) => write!(f, "ended by signal {number}"),
+            StopReason::Signal(number) => match signal_name(*number) {
+                Some(name) => write!(f, "ended by {name}"),
+                None => write!(f, "ended by signal {number}"),
+            },
         }
     }
 }
@@ -166,6 +175,21 @@ mod tests {
         assert_eq!(codes.len(), reasons.len());
         assert!(codes.iter().all(|c| c % 2 == 0));
         assert!(!codes.contains(&(ExitCode::Usage as u8)));
+    }
+
+    #[test]
+    fn an_internal_error_says_all_kvm_said() {
+        let text = |suberror, ndata| {
+            let mut data = [0; 16];
+            data[..2].copy_from_slice(&[0x80000b0e, 0x31]);
+            let error = InternalError { suberror, ndata, data };
+            StopReason::InternalError { vcpu: 1, error }.to_string()
+        };
+        let known = text(3, 2);
+        assert!(known.contains("sub-error 3 (KVM_INTERNAL_ERROR_DELIVERY_EV)"), "{known}");
+        assert!(known.ends_with(", data 0x80000b0e 0x31"), "{known}");
+        let unknown = text(99, 0);
+        assert!(unknown.ends_with("sub-error 99 (an unknown sub-error)"), "{unknown}");
     }
 
     #[test]

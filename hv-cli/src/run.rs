@@ -1,8 +1,8 @@
 //! `hv run`: from a configuration to the exit code, with everything the user is told on the way.
 
 use std::fmt::Display;
+use std::io::Write;
 
-use anstream::eprintln;
 use anstyle::{AnsiColor, Style};
 use hv_core::init::Consequence;
 
@@ -17,9 +17,14 @@ use crate::output;
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const WARNING: Style = AnsiColor::Yellow.on_default().bold();
 
+/// Says something on the standard error. If that can't be written to, there is nobody to tell.
+fn say(text: impl Display) {
+    let _ = writeln!(anstream::stderr(), "{text}");
+}
+
 /// Shows an error on one line and returns its exit code.
 pub(crate) fn fail(code: ExitCode, error: &dyn Display) -> u8 {
-    eprintln!("hv: {ERROR}error:{ERROR:#} {error}");
+    say(format_args!("hv: {ERROR}error:{ERROR:#} {error}"));
     code as u8
 }
 
@@ -37,7 +42,7 @@ pub fn run(config: &RunConfig) -> u8 {
     };
     for consequence in &machine.record().consequences {
         if let Consequence::ManyVcpus { .. } = consequence {
-            eprintln!("hv: {WARNING}warning:{WARNING:#} {consequence}");
+            say(format_args!("hv: {WARNING}warning:{WARNING:#} {consequence}"));
         }
     }
     let checks = machine.checks().cloned();
@@ -71,12 +76,12 @@ fn report_checks(checks: &Checks, outcome: &Outcome, json: bool) -> u8 {
 /// Tells how the run ended: what a crash left, then one line.
 fn report(outcome: &Outcome) {
     for crash in &outcome.crashes {
-        eprintln!("{crash}");
+        say(crash);
     }
     let style = match outcome.reason {
         StopReason::PowerOff | StopReason::Reset | StopReason::DebugExit { .. } => Style::new(),
         StopReason::UserQuit | StopReason::Signal(_) => WARNING,
         _ => ERROR,
     };
-    eprintln!("hv: {style}{}{style:#}; {}", outcome.reason, outcome.summary());
+    say(format_args!("hv: {style}{}{style:#}; {}", outcome.reason, outcome.summary()));
 }

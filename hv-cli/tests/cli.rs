@@ -77,11 +77,12 @@ fn images_that_are_none() {
     refused_in_one_line(&["--kernel", "/"], 2, &["directory"]);
     refused_in_one_line(&["--kernel", "/dev/zero"], 2, &["/dev/zero"]);
     refused_in_one_line(&["--kernel", empty.path()], 2, &[empty.path()]);
-    // What is inside is looked at when there is a VM to load it into.
     for image in [&text, &lying] {
-        refused_in_one_line(&["--kernel", image.path()], 4, &["/no/such/kvm", "ENOENT"]);
+        refused_in_one_line(&["--kernel", image.path()], 2, &[image.path()]);
     }
-    let missing = ["--kernel", text.path(), "--initrd", "/no/such/initrd"];
+    refused_in_one_line(&["--kernel", "a\nb\u{1b}[31m"], 2, &["a\\nb\\u{1b}"]);
+    refused_in_one_line(&["--cpus", "256"], 2, &["--cpus 256", "255"]);
+    let missing = ["--kernel", text.path(), "--format", "flat", "--initrd", "/no/such/initrd"];
     refused_in_one_line(&missing, 2, &["/no/such/initrd"]);
 }
 

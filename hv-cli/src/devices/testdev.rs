@@ -10,14 +10,16 @@ use crate::machine::bus::Device;
 pub struct Latch([u8; 4]);
 
 impl Device for Latch {
-    fn read(&mut self, _offset: u64, data: &mut [u8]) {
-        for (to, from) in data.iter_mut().zip(self.0) {
-            *to = from;
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let from = usize::try_from(offset).ok().and_then(|o| self.0.get(o..)).unwrap_or_default();
+        for (to, from) in data.iter_mut().zip(from) {
+            *to = *from;
         }
     }
 
-    fn write(&mut self, _offset: u64, data: &[u8]) {
-        for (to, from) in self.0.iter_mut().zip(data) {
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let to = usize::try_from(offset).ok().and_then(|o| self.0.get_mut(o..));
+        for (to, from) in to.unwrap_or_default().iter_mut().zip(data) {
             *to = *from;
         }
     }
@@ -120,6 +122,11 @@ mod tests {
         let mut data = [0; 2];
         latch.read(0, &mut data);
         assert_eq!(data, [9, 2]);
+        latch.read(1, &mut data);
+        assert_eq!(data, [2, 3]);
+        latch.write(3, &[7]);
+        latch.read(2, &mut data);
+        assert_eq!(data, [3, 7]);
     }
 
     #[test]

@@ -52,6 +52,16 @@ pub enum BzImageError {
         /// Size of the protected-mode part in bytes.
         size: u64,
     },
+    /// A payload that is larger than the RAM, though it is packed.
+    #[error(
+        "its packed kernel has {len} bytes, more than the {ram} bytes of RAM; give the guest more memory"
+    )]
+    PayloadBeyondRam {
+        /// `payload_length`.
+        len: u32,
+        /// Bytes of RAM below 4 GiB.
+        ram: u64,
+    },
     /// The payload is not a kernel.
     #[error("its payload was unpacked, but it is not an ELF file")]
     PayloadNotElf,
@@ -179,11 +189,14 @@ impl BzImage {
         image.read_at("the payload", start, probe)?;
         let Some(format) = Compression::detect(probe) else { return Ok(None) };
 
+        // A kernel that does not fit in the guest's RAM, packed or unpacked, is not read to the end.
+        let ram = space.map().ram_below(layout::MMIO_HOLE_END);
+        if u64::from(len) > ram {
+            return Err(BzImageError::PayloadBeyondRam { len, ram }.into());
+        }
+        let limit = usize::try_from(ram).unwrap_or(usize::MAX);
         let mut payload = vec![0; usize::try_from(len).unwrap_or_default()];
         image.read_at("the payload", start, &mut payload)?;
-        // A kernel that does not fit in the guest's RAM need not be unpacked to the end.
-        let limit = space.map().ram_below(layout::MMIO_HOLE_END);
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let kernel = decompress(format, &payload, limit)?;
         if !Elf::recognise(&kernel) {
             return Err(BzImageError::PayloadNotElf.into());
@@ -200,6 +213,17 @@ mod tests {
     };
     use super::super::{DecompressError, FileError, Format, PlaceError};
     use super::*;
+
+    #[test]
+    fn a_payload_larger_than_ram_is_not_read() {
+        let packed = [SAMPLE_GZIP, &vec![0; 3 << 20]].concat();
+        let file = BzImageFile::new(&packed).build();
+        let problem = load_plain(&memory(2), Format::Auto, &file).unwrap_err().problem;
+        let Problem::BzImage(BzImageError::PayloadBeyondRam { len, ram }) = problem else {
+            panic!("{problem}");
+        };
+        assert!(u64::from(len) == packed.len() as u64 && ram < 2 * MIB);
+    }
 
     #[test]
     fn unpacks_every_known_payload_on_the_host() {

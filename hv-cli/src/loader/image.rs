@@ -82,7 +82,16 @@ impl Image {
     /// # Errors
     /// It can't be opened, is not a regular file (a FIFO is not waited for), or is empty.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
+        // A name may hold anything; an error is one line and moves no cursor.
         let name = path.display().to_string();
+        let name: String = name
+            .chars()
+            .flat_map(|c| {
+                let escaped = c.is_control().then(|| c.escape_default());
+                let plain = escaped.is_none().then_some(c);
+                escaped.into_iter().flatten().chain(plain)
+            })
+            .collect();
         Self::open_regular(path)
             .and_then(|(file, size)| Self::new(name.clone(), size, Data::File(file)))
             .map_err(|error| Problem::from(error).of(&name))

@@ -96,6 +96,14 @@ struct Entered {
     kernel: Range<u64>,
 }
 
+/// Looks whether `kernel` is what it is taken for, as far as that shows without a machine.
+///
+/// # Errors
+/// It can't be read, is broken, or is something else.
+pub fn check(kernel: &Image, format: Format) -> Result<(), LoadError> {
+    format::resolve(kernel, format).map(drop).map_err(|problem| problem.of(kernel.name()))
+}
+
 /// Loads `kernel` into `memory`, which is zero so far, with what the request adds.
 ///
 /// A multiboot kernel finds its file name as the first word of its command line.

@@ -67,6 +67,11 @@ pub enum BuildError {
     /// The built-in guest can't be had.
     #[error("the built-in guest: {0}")]
     BuiltIn(#[from] PartsError),
+    /// The built-in guest starts and interrupts its second processor by an 8-bit APIC id.
+    #[error(
+        "--cpus {0}: the built-in guest takes at most {MAX_BUILT_IN_CPUS}; a kernel may have more"
+    )]
+    TooManyForBuiltIn(u32),
     /// The built-in guest has no room.
     #[error("--memory: {0}")]
     NoRam(#[from] guest::NoRam),
@@ -97,12 +102,16 @@ impl BuildError {
             | Self::MoreThanHost { .. }
             | Self::Bus(_)
             | Self::NoRam(_)
-            | Self::Acpi(_) => true,
+            | Self::Acpi(_)
+            | Self::TooManyForBuiltIn(_) => true,
             Self::Init(error) => error.step == init::Step::VcpuLimits,
             _ => false,
         }
     }
 }
+
+/// APIC ids 0 to 254; 255 is everyone.
+const MAX_BUILT_IN_CPUS: u32 = 255;
 
 /// The images of a kernel, opened and checked for what can be checked without a machine.
 struct Images {
@@ -113,6 +122,7 @@ struct Images {
 impl Images {
     fn open(config: &KernelConfig) -> Result<Self, LoadError> {
         let kernel = Image::open(&config.path)?;
+        loader::check(&kernel, config.format)?;
         let initrd = config.initrd.as_deref().map(Image::open).transpose()?;
         Ok(Self { kernel, initrd })
     }
@@ -133,6 +143,9 @@ where
         config: &RunConfig,
     ) -> Result<Self, BuildError> {
         let images = config.kernel.as_ref().map(Images::open).transpose()?;
+        if images.is_none() && config.cpus > MAX_BUILT_IN_CPUS {
+            return Err(BuildError::TooManyForBuiltIn(config.cpus));
+        }
         let ram = Arc::new(ram(config)?);
         let mut init = init_config(config, &ram);
         let parts = if images.is_none() { Some(Parts::new()?) } else { None };
@@ -154,9 +167,11 @@ where
             Some(checks) => Box::new(checks.com1(wire)),
             None => Box::new(wire),
         };
-        let console = console(&interrupts, &stopper, out)?;
+        // The built-in guest checks COM1 by itself: what is typed would only be in its way.
+        let console = console(&interrupts, &stopper, out, checks.is_none())?;
         let mut outside = Outside::default();
-        legacy_devices(&mut outside, &ram, &stopper, &console)?;
+        let kernel_irqchip = matches!(record.irqchip, Irqchip::Kernel { .. });
+        legacy_devices(&mut outside, &ram, &stopper, &console, kernel_irqchip)?;
         interrupts.attach(&mut outside)?;
         optional_devices(&mut outside, config, &ram, &stopper, &interrupts)?;
         if let Some(checks) = &checks {
@@ -255,14 +270,15 @@ fn console<V>(
     interrupts: &Interrupts<V>,
     stopper: &Stopper,
     out: Box<dyn Write + Send>,
+    takes_input: bool,
 ) -> Result<Console, BuildError>
 where
     V: hv_core::IrqBackend + Send + Sync + 'static,
 {
     let drained = event()?;
     let irq = interrupts.edge(layout::COM1_IRQ)?;
-    let com1 = Com1::new(irq, drained.clone(), out);
-    Ok(Console { com1: Arc::new(Mutex::new(com1)), drained, stopper: stopper.clone() })
+    let com1 = Arc::new(Mutex::new(Com1::new(irq, drained.clone(), out)));
+    Ok(Console { com1, drained, stopper: stopper.clone(), takes_input })
 }
 
 /// Puts a device of its own on `bus`.
@@ -276,12 +292,24 @@ fn put(
     bus.insert(name, start, len, Arc::new(Mutex::new(device)))
 }
 
+/// What is never reached, but keeps its place.
+struct Nothing;
+
+impl Device for Nothing {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn write(&mut self, _offset: u64, _data: &[u8]) {}
+}
+
 /// The devices every machine has.
 fn legacy_devices(
     outside: &mut Outside,
     ram: &GuestRam,
     stopper: &Stopper,
     console: &Console,
+    kernel_irqchip: bool,
 ) -> Result<(), BusError> {
     let map = MemoryMap::new(ram.memory(), &[]);
     let below_4g = map.ram_below(layout::MMIO_HOLE_END);
@@ -291,7 +319,17 @@ fn legacy_devices(
     put(ports, "i8042", 0x60, 5, I8042::new(stopper.clone()))?;
     put(ports, "RTC", 0x70, 2, rtc)?;
     put(ports, "ACPI", layout::PM1A_EVENT_PORT.into(), 6, PowerControl::new(stopper.clone()))?;
-    put(ports, "reset", layout::RESET_PORT.into(), 1, ResetPort::new(stopper.clone()))
+    put(ports, "reset", layout::RESET_PORT.into(), 1, ResetPort::new(stopper.clone()))?;
+    if !kernel_irqchip {
+        return Ok(());
+    }
+    // KVM answers these itself, so that another device there would never be reached.
+    for (name, start, len) in
+        [("the PIC", 0x20, 2), ("the PIT", 0x40, 4), ("the PIC", 0xa0, 2), ("the PIC", 0x4d0, 2)]
+    {
+        put(ports, name, start, len, Nothing)?;
+    }
+    Ok(())
 }
 
 struct RemapRam(Arc<GuestRam>);
