@@ -22,7 +22,7 @@ Exit codes:
   8   the guest failed: a failed check, or a crash it reported
   10  triple fault
   12  KVM could not go on: internal error, failed entry, unknown exit
-  14  ended by Ctrl-A x or by a signal
+  14  ended by Ctrl-A x, or by a signal while the guest ran
   odd the guest wrote v to isa-debug-exit: (v << 1) | 1";
 
 const EXAMPLES: &str = "\
