@@ -49,7 +49,7 @@ fn hypervisor(lacking: Vec<String>) -> MockHypervisor {
     hypervisor.expect_create_vm().returning(move |_| Ok(vm(lacking.clone())));
     hypervisor.expect_eventfd().returning(|| {
         let file = std::fs::File::open("/dev/null");
-        file.map(OwnedFd::from)
+        file.map(|file| OwnedFd::from(file).into())
             .map_err(|e| hv_core::Error::new(hv_core::Call::Eventfd, (&e).into()))
     });
     hypervisor.expect_install_kick().returning(|| Ok(()));

@@ -2,10 +2,8 @@
 //!
 //! Each trait is what one layer is generic over, small enough to mock. Every method is one ioctl.
 
-use std::os::fd::RawFd;
-
-use crate::{CoalescedZone, Error, Gsi, IoEvent, Irqfd, LineStatus, MemorySlot, Msi, MsiStatus};
-use crate::{Route, SlotId};
+use crate::{CoalescedZone, Error, EventFd, Gsi, IoEvent, Irqfd, LineStatus, MemorySlot, Msi};
+use crate::{MsiStatus, Route, SlotId};
 
 /// Interrupts of a VM. All methods need an irqchip, in the kernel or split.
 pub trait IrqBackend {
@@ -20,14 +18,14 @@ pub trait IrqBackend {
     ///
     /// # Errors
     /// `EBUSY` if the eventfd is already bound, `EINVAL` for a resample eventfd in split mode.
-    fn irqfd_assign(&self, irqfd: Irqfd) -> Result<(), Error>;
+    fn irqfd_assign(&self, irqfd: &Irqfd) -> Result<(), Error>;
 
     /// Unbinds an eventfd from a GSI (`KVM_IRQFD` with `KVM_IRQFD_FLAG_DEASSIGN`). A binding that
     /// does not exist is no error.
     ///
     /// # Errors
-    /// `EBADF` or `EINVAL` for a descriptor that is not an eventfd.
-    fn irqfd_deassign(&self, fd: RawFd, gsi: Gsi) -> Result<(), Error>;
+    /// `EINVAL` for a descriptor that is not an eventfd.
+    fn irqfd_deassign(&self, event: &EventFd, gsi: Gsi) -> Result<(), Error>;
 
     /// Sets an interrupt line (`KVM_IRQ_LINE`).
     ///
@@ -108,11 +106,11 @@ pub trait IoEventBackend {
     /// # Errors
     /// `EEXIST` if one covers the same write, `EINVAL` for a bad length or descriptor, `ENOSPC` beyond
     /// the limit.
-    fn ioeventfd_assign(&self, event: IoEvent) -> Result<(), Error>;
+    fn ioeventfd_assign(&self, event: &IoEvent) -> Result<(), Error>;
 
     /// Ends that (`KVM_IOEVENTFD` with `KVM_IOEVENTFD_FLAG_DEASSIGN`).
     ///
     /// # Errors
     /// `ENOENT` unless address, length, value and eventfd all match.
-    fn ioeventfd_deassign(&self, event: IoEvent) -> Result<(), Error>;
+    fn ioeventfd_deassign(&self, event: &IoEvent) -> Result<(), Error>;
 }

@@ -3,11 +3,9 @@
 //! Every method is one ioctl, so that a layer over a hypervisor sees what KVM sees. What needs
 //! several, in an order, is in [`crate::init`].
 
-use std::os::fd::OwnedFd;
-
 use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_pit_config, kvm_pit_state2};
 
-use crate::{Capability, Error, IoEventBackend, IrqBackend, MemoryBackend, Vcpu};
+use crate::{Capability, Error, EventFd, IoEventBackend, IrqBackend, MemoryBackend, Vcpu};
 
 /// The answer to one `KVM_GET_MSR_INDEX_LIST`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,7 +64,7 @@ pub trait Hypervisor {
     ///
     /// # Errors
     /// `EMFILE`, `ENFILE`, `ENOMEM`.
-    fn eventfd(&self) -> Result<OwnedFd, Error>;
+    fn eventfd(&self) -> Result<EventFd, Error>;
 
     /// Prepares the process so that [`crate::VcpuKick::kick`] works: for KVM, a handler for the
     /// signal that interrupts `KVM_RUN` (`sigaction(2)`). Doing it again is no error.

@@ -1,13 +1,11 @@
 //! ioeventfds as plain data (`KVM_IOEVENTFD`).
 
-use std::os::fd::RawFd;
-
-use crate::IoAddress;
+use crate::{EventFd, IoAddress};
 
 /// A guest write that signals an eventfd instead of leaving the kernel.
 ///
 /// All of it identifies the event: deassigning needs the same address, length, value and eventfd.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct IoEvent {
     /// Where the guest writes.
     pub address: IoAddress,
@@ -16,5 +14,5 @@ pub struct IoEvent {
     /// The value that must be written; any if `None`.
     pub datamatch: Option<u64>,
     /// The eventfd that is signalled.
-    pub fd: RawFd,
+    pub event: EventFd,
 }

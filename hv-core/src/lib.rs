@@ -13,6 +13,7 @@ mod capability;
 mod device;
 mod errno;
 mod error;
+mod event;
 mod exit;
 mod hypervisor;
 pub mod init;
@@ -29,6 +30,7 @@ pub use capability::{Capability, Scope};
 pub use device::{DeviceChoice, OpenError, OpenErrorKind, ParseDeviceError};
 pub use errno::Errno;
 pub use error::{Context, Error};
+pub use event::EventFd;
 pub use exit::{
     ExitReply, INTERNAL_ERROR_EMULATION, InternalError, IoDirection, IoExit, MmioExit, VcpuExit,
 };

@@ -2,8 +2,6 @@
 //!
 //! For tests that state calls, their order and their number. Behaviour like KVM's is not here.
 
-use std::os::fd::{OwnedFd, RawFd};
-
 use kvm_bindings::{
     kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_irqchip,
     kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_config, kvm_pit_state2, kvm_regs,
@@ -11,7 +9,7 @@ use kvm_bindings::{
 };
 
 use crate::{
-    Capability, CoalescedZone, Error, ExitReply, Gsi, Hypervisor, InterruptState, IoEvent,
+    Capability, CoalescedZone, Error, EventFd, ExitReply, Gsi, Hypervisor, InterruptState, IoEvent,
     IoEventBackend, IrqBackend, Irqfd, LineStatus, MemoryBackend, MemorySlot, Msi, MsiStatus,
     MsrIndexList, Route, SlotId, Vcpu, VcpuExit, VcpuKick, Vm,
 };
@@ -29,7 +27,7 @@ mockall::mock! {
         fn msr_index_list(&self, room: usize) -> Result<MsrIndexList, Error>;
         fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, Error>;
         fn create_vm(&self, vm_type: u64) -> Result<MockVm, Error>;
-        fn eventfd(&self) -> Result<OwnedFd, Error>;
+        fn eventfd(&self) -> Result<EventFd, Error>;
         fn install_kick(&self) -> Result<(), Error>;
     }
 }
@@ -45,8 +43,8 @@ mockall::mock! {
 
     impl IrqBackend for Vm {
         fn set_gsi_routing(&self, routes: &[Route]) -> Result<(), Error>;
-        fn irqfd_assign(&self, irqfd: Irqfd) -> Result<(), Error>;
-        fn irqfd_deassign(&self, fd: RawFd, gsi: Gsi) -> Result<(), Error>;
+        fn irqfd_assign(&self, irqfd: &Irqfd) -> Result<(), Error>;
+        fn irqfd_deassign(&self, event: &EventFd, gsi: Gsi) -> Result<(), Error>;
         fn irq_line(&self, gsi: Gsi, level: bool) -> Result<(), Error>;
         fn irq_line_status(&self, gsi: Gsi, level: bool) -> Result<LineStatus, Error>;
         fn signal_msi(&self, msi: Msi) -> Result<MsiStatus, Error>;
@@ -62,8 +60,8 @@ mockall::mock! {
     }
 
     impl IoEventBackend for Vm {
-        fn ioeventfd_assign(&self, event: IoEvent) -> Result<(), Error>;
-        fn ioeventfd_deassign(&self, event: IoEvent) -> Result<(), Error>;
+        fn ioeventfd_assign(&self, event: &IoEvent) -> Result<(), Error>;
+        fn ioeventfd_deassign(&self, event: &IoEvent) -> Result<(), Error>;
     }
 
     impl Vm for Vm {

@@ -5,7 +5,8 @@
 //! asked.
 
 use std::fmt;
-use std::os::fd::RawFd;
+
+use crate::EventFd;
 
 /// A global system interrupt: the number a route, an irqfd or an interrupt line goes by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -74,16 +75,16 @@ pub struct Route {
 
 /// An eventfd bound to a GSI: writing to it raises the interrupt without the VMM.
 ///
-/// The descriptors are numbers, as the kernel takes them. KVM holds its own reference, so closing
-/// an assigned eventfd unbinds nothing that another reference keeps alive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// KVM holds its own reference, so closing an assigned eventfd unbinds nothing that another reference
+/// keeps alive.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Irqfd {
     /// The eventfd that raises the interrupt.
-    pub fd: RawFd,
+    pub event: EventFd,
     /// The GSI it raises. KVM does not check that it is routed, or below the limit.
     pub gsi: Gsi,
     /// For a level-triggered interrupt, the eventfd KVM signals when the guest ends it.
-    pub resample: Option<RawFd>,
+    pub resample: Option<EventFd>,
 }
 
 /// What became of an interrupt line that was set (`KVM_IRQ_LINE_STATUS`).

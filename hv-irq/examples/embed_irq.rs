@@ -8,25 +8,25 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use hv_core::mock::MockVm;
-use hv_core::{IrqBackend, Msi};
+use hv_core::{EventFd, IrqBackend, Msi};
 use hv_irq::{IrqRouter, LegacyPins, MsiRoute, RouterConfig, RouterError};
 
 /// What a device keeps for each of its vectors.
 struct Vector<V: IrqBackend> {
     route: MsiRoute<V>,
-    event: Arc<OwnedFd>,
+    event: EventFd,
 }
 
 /// A device is plugged: one commit, however many vectors it has.
 fn plug<V: IrqBackend>(
     router: &IrqRouter<V>,
-    events: Vec<Arc<OwnedFd>>,
+    events: Vec<EventFd>,
 ) -> Result<Vec<Vector<V>>, RouterError> {
     router.batch(|batch| {
         let mut vectors = Vec::new();
         for (event, data) in events.into_iter().zip(0x40..) {
             let route = batch.add_msi(Msi { address: 0xfee0_0000, data, device: None })?;
-            batch.bind(&route, Arc::clone(&event))?;
+            batch.bind(&route, event.clone())?;
             vectors.push(Vector { route, event });
         }
         Ok(vectors)
@@ -48,7 +48,7 @@ fn main() -> Result<(), RouterError> {
     router.batch(|batch| batch.unbind(&first.route))?;
     router.batch(|batch| {
         batch.set_msi(&first.route, Msi { address: 0xfee0_1000, data: 0x40, device: None })?;
-        batch.bind(&first.route, Arc::clone(&first.event))
+        batch.bind(&first.route, first.event.clone())
     })?;
 
     println!("the guest writes what is there already:");
@@ -64,9 +64,9 @@ fn main() -> Result<(), RouterError> {
 }
 
 /// Stands in for an eventfd, which a hypervisor makes (`Hypervisor::eventfd`).
-fn event() -> Arc<OwnedFd> {
+fn event() -> EventFd {
     match File::open("/dev/null") {
-        Ok(file) => Arc::new(file.into()),
+        Ok(file) => OwnedFd::from(file).into(),
         Err(error) => {
             eprintln!("embed_irq: can't open /dev/null: {error}");
             std::process::exit(1)

@@ -4,10 +4,9 @@
 //! hears of it when the router commits it, all at once.
 
 use std::fmt;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
-use hv_core::{Gsi, IrqBackend, Msi, RouteTarget};
+use hv_core::{EventFd, Gsi, IrqBackend, Msi, RouteTarget};
 
 use crate::RouterError;
 use crate::router::Shared;
@@ -91,7 +90,7 @@ impl<'a, V: IrqBackend> Batch<'a, V> {
     /// # Errors
     /// The route belongs to another router. When the batch is committed: the eventfd is bound
     /// already, or the route is to another one.
-    pub fn bind(&mut self, route: &MsiRoute<V>, event: Arc<OwnedFd>) -> Result<(), RouterError> {
+    pub fn bind(&mut self, route: &MsiRoute<V>, event: EventFd) -> Result<(), RouterError> {
         self.name(&route.owned, [Op::Bind(route.gsi(), event)])
     }
 
@@ -150,7 +149,9 @@ mod tests {
     use hv_core::mock::MockVm;
     use hv_core::{Errno, Error, Ioctl};
     use std::fs::File;
-    use std::os::fd::AsRawFd;
+    use std::io::Read;
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::unix::net::UnixStream;
     use std::sync::Mutex;
 
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -200,8 +201,19 @@ mod tests {
         Msi { address: 0xfee0_0000, data, device: None }
     }
 
-    fn event() -> Arc<OwnedFd> {
-        Arc::new(File::open("/dev/null").unwrap().into())
+    fn event() -> EventFd {
+        OwnedFd::from(File::open("/dev/null").unwrap()).into()
+    }
+
+    /// One, and what reads the end of file once it is closed.
+    fn watched() -> (EventFd, UnixStream) {
+        let (watch, event) = UnixStream::pair().unwrap();
+        watch.set_nonblocking(true).unwrap();
+        (OwnedFd::from(event).into(), watch)
+    }
+
+    fn is_closed(mut watch: &UnixStream) -> bool {
+        watch.read(&mut [0]).is_ok_and(|bytes| bytes == 0)
     }
 
     fn add(router: &IrqRouter<MockVm>, n: u32) -> Vec<MsiRoute<MockVm>> {
@@ -355,17 +367,17 @@ mod tests {
             refuse.then_some(Errno::ENOMEM)
         });
         let mut routes = add(&router, 2);
-        let event = event();
-        router.batch(|batch| batch.bind(&routes[0], event.clone())).unwrap();
+        let (event, watch) = watched();
+        router.batch(|batch| batch.bind(&routes[0], event)).unwrap();
         taken(&log);
         drop(routes.remove(0));
         assert_eq!(taken(&log), [Told::Deassign(Gsi(24))]);
         assert_eq!(router.allocated(), [Gsi(24), Gsi(25)], "not given to anybody meanwhile");
-        assert_eq!(Arc::strong_count(&event), 2, "kept open");
+        assert!(!is_closed(&watch), "kept open");
         router.batch(|batch| batch.set_msi(&routes[0], msi(5))).unwrap();
         assert_eq!(taken(&log), [Told::Deassign(Gsi(24)), Told::Table(39)]);
         assert_eq!(router.allocated(), [Gsi(25)]);
-        assert_eq!(Arc::strong_count(&event), 1);
+        assert!(is_closed(&watch));
     }
 
     #[test]

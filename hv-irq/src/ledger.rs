@@ -5,16 +5,15 @@
 //! something else.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, RawFd};
 
-use hv_core::{Gsi, Irqfd};
+use hv_core::{EventFd, Gsi, Irqfd};
 
 /// An eventfd bound to a GSI.
 #[derive(Debug, Clone)]
 pub(crate) struct Binding {
     pub(crate) gsi: Gsi,
-    pub(crate) event: Arc<OwnedFd>,
+    pub(crate) event: EventFd,
 }
 
 impl Binding {
@@ -23,7 +22,7 @@ impl Binding {
     }
 
     pub(crate) fn irqfd(&self) -> Irqfd {
-        Irqfd { fd: self.fd(), gsi: self.gsi, resample: None }
+        Irqfd { event: self.event.clone(), gsi: self.gsi, resample: None }
     }
 }
 

@@ -3,10 +3,10 @@
 //! The routes of a line are the machine's: nothing here changes the table.
 
 use std::fmt;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Weak};
 
-use hv_core::{Gsi, IrqBackend, RouteTarget};
+use hv_core::{EventFd, Gsi, IrqBackend, RouteTarget};
 
 use crate::router::Shared;
 use crate::state::Op;
@@ -18,7 +18,7 @@ use crate::{IrqRouter, RouterError};
 /// with its next commit.
 pub struct PinIrqfd<V: IrqBackend> {
     gsi: Gsi,
-    event: Arc<OwnedFd>,
+    event: EventFd,
     router: Weak<Shared<V>>,
 }
 
@@ -50,12 +50,12 @@ impl<V: IrqBackend> IrqRouter<V> {
     ///
     /// # Errors
     /// There is no such line in the kernel, the eventfd is bound already, or KVM refuses.
-    pub fn bind_pin(&self, gsi: Gsi, event: Arc<OwnedFd>) -> Result<PinIrqfd<V>, RouterError> {
+    pub fn bind_pin(&self, gsi: Gsi, event: EventFd) -> Result<PinIrqfd<V>, RouterError> {
         let mut state = self.shared.state();
         if !state.table.targets(gsi).any(|target| matches!(target, RouteTarget::Pin { .. })) {
             return Err(RouterError::NoKernelLine(gsi));
         }
-        state.commit(&*self.shared.vm, &[Op::Bind(gsi, Arc::clone(&event))])?;
+        state.commit(&*self.shared.vm, &[Op::Bind(gsi, event.clone())])?;
         Ok(PinIrqfd { gsi, event, router: Arc::downgrade(&self.shared) })
     }
 }
@@ -67,6 +67,9 @@ mod tests {
     use hv_core::mock::MockVm;
     use hv_core::{Errno, Error, Ioctl};
     use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
 
     fn router(pins: LegacyPins, vm: MockVm) -> IrqRouter<MockVm> {
         let config = RouterConfig { gsi_count: 4096, pins, inject_status: true };
@@ -80,8 +83,19 @@ mod tests {
         vm
     }
 
-    fn event() -> Arc<OwnedFd> {
-        Arc::new(File::open("/dev/null").unwrap().into())
+    fn event() -> EventFd {
+        OwnedFd::from(File::open("/dev/null").unwrap()).into()
+    }
+
+    /// One, and what reads the end of file once it is closed.
+    fn watched() -> (EventFd, UnixStream) {
+        let (watch, event) = UnixStream::pair().unwrap();
+        watch.set_nonblocking(true).unwrap();
+        (OwnedFd::from(event).into(), watch)
+    }
+
+    fn is_closed(mut watch: &UnixStream) -> bool {
+        watch.read(&mut [0]).is_ok_and(|bytes| bytes == 0)
     }
 
     #[test]
@@ -120,12 +134,12 @@ mod tests {
         vm.expect_irqfd_deassign().once().returning(move |_, _| Err(failure));
         vm.expect_irqfd_deassign().times(2).returning(|_, _| Ok(()));
         let router = router(LegacyPins::Kernel, vm);
-        let abandoned = event();
-        drop(router.bind_pin(Gsi(4), abandoned.clone()).unwrap());
+        let (abandoned, watch) = watched();
+        drop(router.bind_pin(Gsi(4), abandoned).unwrap());
         assert_eq!(router.irqfds().len(), 1, "KVM still has it");
-        assert_eq!(Arc::strong_count(&abandoned), 2, "so it is kept open");
+        assert!(!is_closed(&watch), "so it is kept open");
         let next = router.bind_pin(Gsi(5), event()).unwrap();
-        assert_eq!(Arc::strong_count(&abandoned), 1);
+        assert!(is_closed(&watch));
         drop(next);
         assert!(router.irqfds().is_empty());
     }

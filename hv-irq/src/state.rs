@@ -5,10 +5,9 @@
 //! the crate calls a mutating ioctl.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, RawFd};
 
-use hv_core::{Error, Gsi, IrqBackend, Route, RouteTarget};
+use hv_core::{Error, EventFd, Gsi, IrqBackend, Route, RouteTarget};
 
 use crate::ledger::{Binding, Ledger};
 use crate::table::Targets;
@@ -24,7 +23,7 @@ pub(crate) enum Op {
     /// Removes all a GSI leads to.
     Clear(Gsi),
     /// Binds an eventfd to a GSI; only a legacy one may have several.
-    Bind(Gsi, Arc<OwnedFd>),
+    Bind(Gsi, EventFd),
     /// Unbinds all eventfds of a GSI.
     Unbind(Gsi),
     /// Unbinds an eventfd.
@@ -119,8 +118,8 @@ impl State {
     /// Tries again to unbind what is abandoned, and clears the routes of what has no irqfd left.
     fn reap<V: IrqBackend>(&mut self, vm: &V, change: &mut Change) -> Vec<Gsi> {
         for fd in std::mem::take(&mut self.abandoned_irqfds) {
-            let Some(gsi) = self.irqfds.get(fd).map(|binding| binding.gsi) else { continue };
-            match vm.irqfd_deassign(fd, gsi) {
+            let Some(binding) = self.irqfds.get(fd) else { continue };
+            match vm.irqfd_deassign(&binding.event, binding.gsi) {
                 Ok(()) => drop(self.irqfds.put(fd, None)),
                 Err(_) => drop(self.abandoned_irqfds.insert(fd)),
             }
@@ -166,7 +165,7 @@ impl State {
                 {
                     return Err(RouterError::RouteBound { gsi, fd });
                 }
-                self.put_irqfd(fd, Some(Binding { gsi, event: Arc::clone(event) }), change);
+                self.put_irqfd(fd, Some(Binding { gsi, event: event.clone() }), change);
             }
             Op::Unbind(gsi) => {
                 let fds: Vec<RawFd> = self.irqfds.of(*gsi).collect();
@@ -202,7 +201,7 @@ impl State {
         let (mut unbound, mut written, mut bound) = (0, false, 0);
         let mut tell = || -> Result<(), Error> {
             for binding in &unbind {
-                vm.irqfd_deassign(binding.fd(), binding.gsi)?;
+                vm.irqfd_deassign(&binding.event, binding.gsi)?;
                 unbound += 1;
             }
             if table_differs {
@@ -210,7 +209,7 @@ impl State {
                 written = true;
             }
             for binding in &bind {
-                vm.irqfd_assign(binding.irqfd())?;
+                vm.irqfd_assign(&binding.irqfd())?;
                 bound += 1;
             }
             Ok(())
@@ -222,7 +221,7 @@ impl State {
         let mut failure = None;
         let refused = self.undo(change);
         for binding in bind.into_iter().take(bound) {
-            if let Err(error) = vm.irqfd_deassign(binding.fd(), binding.gsi) {
+            if let Err(error) = vm.irqfd_deassign(&binding.event, binding.gsi) {
                 failure.get_or_insert(error);
                 self.irqfds.put(binding.fd(), Some(binding));
             }
@@ -236,7 +235,7 @@ impl State {
         for binding in unbind.iter().take(unbound) {
             // A new binding of the same eventfd that could not be undone stays instead.
             let restored = self.irqfds.get(binding.fd()).is_some_and(|b| b.gsi == binding.gsi);
-            if restored && let Err(error) = vm.irqfd_assign(binding.irqfd()) {
+            if restored && let Err(error) = vm.irqfd_assign(&binding.irqfd()) {
                 failure.get_or_insert(error);
                 self.irqfds.put(binding.fd(), None);
             }

@@ -4,11 +4,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use hv_core::{
-    Errno, Error, Gsi, Ioctl, IrqBackend, Irqfd, LineStatus, Msi, MsiStatus, Route, RouteTarget,
+    Errno, Error, EventFd, Gsi, Ioctl, IrqBackend, Irqfd, LineStatus, Msi, MsiStatus, Route,
+    RouteTarget,
 };
 use hv_irq::{
     IrqRouter, LegacyPins, MsiRoute, PinIrqfd, RouterConfig, RouterError, pc_default_routes,
@@ -89,7 +92,8 @@ impl IrqBackend for RuleVm {
         Ok(())
     }
 
-    fn irqfd_assign(&self, Irqfd { fd, gsi, .. }: Irqfd) -> Result<(), Error> {
+    fn irqfd_assign(&self, irqfd: &Irqfd) -> Result<(), Error> {
+        let (fd, gsi) = (irqfd.event.as_raw_fd(), irqfd.gsi);
         let mut rules = self.state.lock().unwrap();
         rules.injected(Ioctl::Irqfd)?;
         if rules.irqfds.contains_key(&fd) {
@@ -102,7 +106,8 @@ impl IrqBackend for RuleVm {
         Ok(())
     }
 
-    fn irqfd_deassign(&self, fd: RawFd, gsi: Gsi) -> Result<(), Error> {
+    fn irqfd_deassign(&self, event: &EventFd, gsi: Gsi) -> Result<(), Error> {
+        let fd = event.as_raw_fd();
         let mut rules = self.state.lock().unwrap();
         rules.injected(Ioctl::Irqfd)?;
         if rules.irqfds.get(&fd) != Some(&gsi) {
@@ -138,8 +143,8 @@ fn msi(data: u32) -> Msi {
     Msi { address: 0xfee0_0000, data, device: None }
 }
 
-fn event() -> Arc<OwnedFd> {
-    Arc::new(File::open("/dev/null").unwrap().into())
+fn event() -> EventFd {
+    OwnedFd::from(File::open("/dev/null").unwrap()).into()
 }
 
 #[derive(Debug, Clone)]
@@ -205,7 +210,7 @@ fn ops() -> impl Strategy<Value = Vec<(Op, Option<usize>)>> {
 struct Vector {
     route: Arc<MsiRoute<RuleVm>>,
     data: u32,
-    event: Option<Arc<OwnedFd>>,
+    event: Option<EventFd>,
 }
 
 struct Machine {
@@ -334,7 +339,8 @@ impl Machine {
         let mut ours = self.router.routes();
         ours.sort_unstable();
         prop_assert_eq!(&ours, &routes, "router and KVM have the same table");
-        let ours: BTreeMap<_, _> = self.router.irqfds().iter().map(|i| (i.fd, i.gsi)).collect();
+        let ours: BTreeMap<_, _> =
+            self.router.irqfds().iter().map(|i| (i.event.as_raw_fd(), i.gsi)).collect();
         prop_assert_eq!(&ours, &rules.irqfds, "router and KVM have the same irqfds");
         Ok(())
     }
@@ -472,18 +478,20 @@ proptest! {
 fn plugging_and_unplugging_leaves_nothing() {
     let (vm, router) = router(LegacyPins::Kernel);
     for _ in 0..200 {
-        let event = event();
+        let (watch, event) = UnixStream::pair().unwrap();
+        let event = OwnedFd::from(event).into();
         let device = router
             .batch(|batch| {
                 let vectors: Vec<_> =
                     (0..257).map(|i| batch.add_msi(msi(i))).collect::<Result<_, _>>()?;
-                batch.bind(&vectors[0], event.clone())?;
+                batch.bind(&vectors[0], event)?;
                 Ok(vectors)
             })
             .unwrap();
         assert_eq!(device[256].gsi(), Gsi(24 + 256));
         router.batch(|batch| device.into_iter().try_for_each(|v| batch.remove(v))).unwrap();
-        assert_eq!(Arc::strong_count(&event), 1, "the ledger has let go of the eventfd");
+        let read = (&watch).read(&mut [0]);
+        assert_eq!(read.unwrap(), 0, "the ledger has let go of the eventfd");
     }
     let rules = vm.state.lock().unwrap();
     assert_eq!((rules.tables, rules.routes.len(), rules.irqfds.len()), (401, 38, 0));

@@ -3,11 +3,11 @@
 //! Nothing is checked or remembered here: KVM judges routing tables, and what KVM does not judge
 //! (any GSI for an irqfd) is the affair of the layers above.
 
-use std::os::fd::RawFd;
+use std::os::fd::AsRawFd;
 
 use hv_core::{
-    Context, Errno, Error, Gsi, IoEvent, IoEventBackend, Ioctl, IrqBackend, Irqfd, LineStatus, Msi,
-    MsiStatus, Route,
+    Context, Errno, Error, EventFd, Gsi, IoEvent, IoEventBackend, Ioctl, IrqBackend, Irqfd,
+    LineStatus, Msi, MsiStatus, Route,
 };
 use kvm_bindings::{KVM_MSI_VALID_DEVID, kvm_msi};
 
@@ -20,13 +20,14 @@ impl IrqBackend for KvmVm {
         })
     }
 
-    fn irqfd_assign(&self, Irqfd { fd, gsi, resample }: Irqfd) -> Result<(), Error> {
-        raw::irqfd_assign(self.fd(), fd, gsi, resample)
-            .map_err(|errno| Error::new(Ioctl::Irqfd, errno).about(Context::Gsi(gsi)))
+    fn irqfd_assign(&self, Irqfd { event, gsi, resample }: &Irqfd) -> Result<(), Error> {
+        let resample = resample.as_ref().map(EventFd::as_raw_fd);
+        raw::irqfd_assign(self.fd(), event.as_raw_fd(), *gsi, resample)
+            .map_err(|errno| Error::new(Ioctl::Irqfd, errno).about(Context::Gsi(*gsi)))
     }
 
-    fn irqfd_deassign(&self, fd: RawFd, gsi: Gsi) -> Result<(), Error> {
-        raw::irqfd_deassign(self.fd(), fd, gsi)
+    fn irqfd_deassign(&self, event: &EventFd, gsi: Gsi) -> Result<(), Error> {
+        raw::irqfd_deassign(self.fd(), event.as_raw_fd(), gsi)
             .map_err(|errno| Error::new(Ioctl::Irqfd, errno).about(Context::Gsi(gsi)))
     }
 
@@ -51,16 +52,16 @@ impl IrqBackend for KvmVm {
 }
 
 impl IoEventBackend for KvmVm {
-    fn ioeventfd_assign(&self, event: IoEvent) -> Result<(), Error> {
+    fn ioeventfd_assign(&self, event: &IoEvent) -> Result<(), Error> {
         ioeventfd(self, event, false)
     }
 
-    fn ioeventfd_deassign(&self, event: IoEvent) -> Result<(), Error> {
+    fn ioeventfd_deassign(&self, event: &IoEvent) -> Result<(), Error> {
         ioeventfd(self, event, true)
     }
 }
 
-fn ioeventfd(vm: &KvmVm, event: IoEvent, deassign: bool) -> Result<(), Error> {
+fn ioeventfd(vm: &KvmVm, event: &IoEvent, deassign: bool) -> Result<(), Error> {
     raw::ioeventfd(vm.fd(), event, deassign).map_err(|errno| {
         Error::new(Ioctl::Ioeventfd, errno).about(Context::Address(event.address.value()))
     })

@@ -7,7 +7,7 @@
 #![allow(unsafe_code, reason = "system calls")]
 
 use std::io;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use hv_core::{Errno, Gsi, IoAddress, IoEvent, MsrIndexList, Route, SlotId};
 use kvm_bindings::{
@@ -206,7 +206,7 @@ pub(crate) fn irq_line_status(vm: &VmFd, gsi: Gsi, level: bool) -> Result<i32, E
 }
 
 /// `KVM_IOEVENTFD`.
-pub(crate) fn ioeventfd(vm: &VmFd, event: IoEvent, deassign: bool) -> Result<(), Errno> {
+pub(crate) fn ioeventfd(vm: &VmFd, event: &IoEvent, deassign: bool) -> Result<(), Errno> {
     let mut flags = 0;
     if event.datamatch.is_some() {
         flags |= 1 << kvm_ioeventfd_flag_nr_datamatch;
@@ -221,7 +221,7 @@ pub(crate) fn ioeventfd(vm: &VmFd, event: IoEvent, deassign: bool) -> Result<(),
         datamatch: event.datamatch.unwrap_or(0),
         addr: event.address.value(),
         len: event.length,
-        fd: event.fd,
+        fd: event.event.as_raw_fd(),
         flags,
         ..Default::default()
     };

@@ -4,7 +4,8 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use hv_core::{
-    Call, Capability, Context, DeviceChoice, Error, Hypervisor, Ioctl, MsrIndexList, OpenError,
+    Call, Capability, Context, DeviceChoice, Error, EventFd, Hypervisor, Ioctl, MsrIndexList,
+    OpenError,
 };
 use kvm_bindings::kvm_cpuid_entry2;
 
@@ -110,8 +111,8 @@ impl Hypervisor for Kvm {
         Ok(KvmVm::new(fd))
     }
 
-    fn eventfd(&self) -> Result<OwnedFd, Error> {
-        raw::eventfd().map_err(|errno| Error::new(Call::Eventfd, errno))
+    fn eventfd(&self) -> Result<EventFd, Error> {
+        raw::eventfd().map(EventFd::from).map_err(|errno| Error::new(Call::Eventfd, errno))
     }
 
     fn install_kick(&self) -> Result<(), Error> {

@@ -11,13 +11,12 @@
 mod common;
 
 use std::fs::File;
-use std::io::{ErrorKind, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use common::{CODE, UNMAPPED, begin, next_exit, vm_with};
 use hv_core::{
-    Capability, Errno, Gsi, Hypervisor, IoAddress, IoEvent, IoEventBackend, IrqBackend, IrqchipId,
-    Irqfd, LineStatus, Msi, MsiStatus, Route, RouteTarget, Vcpu, VcpuExit, Vm,
+    Capability, Errno, EventFd, Gsi, Hypervisor, IoAddress, IoEvent, IoEventBackend, IrqBackend,
+    IrqchipId, Irqfd, LineStatus, Msi, MsiStatus, Route, RouteTarget, Vcpu, VcpuExit, Vm,
 };
 use hv_kvm::{KvmVcpu, KvmVm};
 use kvm_bindings::kvm_pit_config;
@@ -32,7 +31,7 @@ fn vm_with_irqchip() -> KvmVm {
     vm
 }
 
-fn eventfd() -> OwnedFd {
+fn eventfd() -> EventFd {
     common::kvm().eventfd().unwrap()
 }
 
@@ -69,8 +68,8 @@ fn requested(vcpu: &KvmVcpu, vector: u8) -> bool {
 fn without_an_irqchip() {
     let (vm, event) = (vm(), eventfd());
     assert_eq!(errno(vm.set_gsi_routing(&[])), Err(Errno::EINVAL));
-    let irqfd = Irqfd { fd: event.as_raw_fd(), gsi: Gsi(0), resample: None };
-    assert_eq!(errno(vm.irqfd_assign(irqfd)), Err(Errno::EINVAL));
+    let irqfd = Irqfd { event, gsi: Gsi(0), resample: None };
+    assert_eq!(errno(vm.irqfd_assign(&irqfd)), Err(Errno::EINVAL));
     assert_eq!(errno(vm.signal_msi(message(0x40))), Err(Errno::EINVAL));
     assert_eq!(errno(vm.irq_line(Gsi(4), true)), Err(Errno::ENXIO));
     assert_eq!(errno(vm.irq_line_status(Gsi(4), true)), Err(Errno::ENXIO));
@@ -121,46 +120,43 @@ fn an_irqfd_delivers_through_its_route() {
     let vcpu = vcpu_with_apic(&vm, 0);
     vm.set_gsi_routing(&[msi_route(24, 0x51)]).unwrap();
     let event = eventfd();
-    let irqfd = Irqfd { fd: event.as_raw_fd(), gsi: Gsi(24), resample: None };
-    vm.irqfd_assign(irqfd).unwrap();
+    let irqfd = Irqfd { event: event.clone(), gsi: Gsi(24), resample: None };
+    vm.irqfd_assign(&irqfd).unwrap();
 
-    assert_eq!(errno(vm.irqfd_assign(irqfd)), Err(Errno::EBUSY));
-    let copy = event.try_clone().unwrap();
-    let same = Irqfd { fd: copy.as_raw_fd(), gsi: Gsi(25), resample: None };
-    assert_eq!(errno(vm.irqfd_assign(same)), Err(Errno::EBUSY), "a dup is the same eventfd");
-    let text = vm.irqfd_assign(irqfd).unwrap_err().to_string();
+    assert_eq!(errno(vm.irqfd_assign(&irqfd)), Err(Errno::EBUSY));
+    let copy = EventFd::from(event.as_fd().try_clone_to_owned().unwrap());
+    let same = Irqfd { event: copy.clone(), gsi: Gsi(25), resample: None };
+    assert_eq!(errno(vm.irqfd_assign(&same)), Err(Errno::EBUSY), "a dup is the same eventfd");
+    let text = vm.irqfd_assign(&irqfd).unwrap_err().to_string();
     assert!(text.starts_with("KVM_IRQFD for GSI 24 failed: EBUSY"), "{text}");
 
-    File::from(copy).write_all(&1u64.to_ne_bytes()).unwrap();
+    copy.signal();
     common::wait_for("the interrupt of the irqfd", || requested(&vcpu, 0x51));
 
-    vm.irqfd_deassign(event.as_raw_fd(), Gsi(24)).unwrap();
-    vm.irqfd_deassign(event.as_raw_fd(), Gsi(24)).unwrap();
-    vm.irqfd_assign(irqfd).unwrap();
+    vm.irqfd_deassign(&event, Gsi(24)).unwrap();
+    vm.irqfd_deassign(&event, Gsi(24)).unwrap();
+    vm.irqfd_assign(&irqfd).unwrap();
 }
 
 #[test]
 fn descriptors_that_are_no_eventfds() {
     let vm = vm_with_irqchip();
-    let null = File::open("/dev/null").unwrap();
-    let assign = |fd| errno(vm.irqfd_assign(Irqfd { fd, gsi: Gsi(24), resample: None }));
-    assert_eq!(assign(null.as_raw_fd()), Err(Errno::EINVAL));
-    assert_eq!(assign(-1), Err(Errno::EBADF));
-    assert_eq!(errno(vm.irqfd_deassign(-1, Gsi(24))), Err(Errno::EBADF));
-    let event = |fd| IoEvent { address: IoAddress::Pio(1), length: 1, datamatch: None, fd };
-    assert_eq!(errno(vm.ioeventfd_assign(event(null.as_raw_fd()))), Err(Errno::EINVAL));
-    assert_eq!(errno(vm.ioeventfd_assign(event(-1))), Err(Errno::EBADF));
+    let event = EventFd::from(OwnedFd::from(File::open("/dev/null").unwrap()));
+    let irqfd = Irqfd { event: event.clone(), gsi: Gsi(24), resample: None };
+    assert_eq!(errno(vm.irqfd_assign(&irqfd)), Err(Errno::EINVAL));
+    assert_eq!(errno(vm.irqfd_deassign(&event, Gsi(24))), Err(Errno::EINVAL));
+    let event = IoEvent { address: IoAddress::Pio(1), length: 1, datamatch: None, event };
+    assert_eq!(errno(vm.ioeventfd_assign(&event)), Err(Errno::EINVAL));
 }
 
 #[test]
 fn a_resample_irqfd_needs_the_full_irqchip() {
     let (event, resample) = (eventfd(), eventfd());
-    let (fd, resample) = (event.as_raw_fd(), Some(resample.as_raw_fd()));
-    let irqfd = Irqfd { fd, gsi: Gsi(4), resample };
-    assert_eq!(errno(vm_with_irqchip().irqfd_assign(irqfd)), Ok(()));
+    let irqfd = Irqfd { event, gsi: Gsi(4), resample: Some(resample) };
+    assert_eq!(errno(vm_with_irqchip().irqfd_assign(&irqfd)), Ok(()));
     let split = vm();
     split.enable_cap(Capability::SplitIrqchip, [24, 0, 0, 0]).unwrap();
-    assert_eq!(errno(split.irqfd_assign(irqfd)), Err(Errno::EINVAL));
+    assert_eq!(errno(split.irqfd_assign(&irqfd)), Err(Errno::EINVAL));
 }
 
 #[test]
@@ -203,47 +199,41 @@ fn an_ioeventfd_takes_the_write_it_matches() {
         address: IoAddress::Pio(0x70),
         length: 1,
         datamatch: Some(7),
-        fd: port.as_raw_fd(),
+        event: port.clone(),
     };
     let on_memory = IoEvent {
         address: IoAddress::Mmio(UNMAPPED),
         length: 0,
         datamatch: None,
-        fd: memory.as_raw_fd(),
+        event: memory.clone(),
     };
-    vm.ioeventfd_assign(on_port).unwrap();
-    vm.ioeventfd_assign(on_memory).unwrap();
-    assert_eq!(errno(vm.ioeventfd_assign(on_port)), Err(Errno::EEXIST));
-    let assign = |event| errno(vm.ioeventfd_assign(event));
-    assert_eq!(assign(IoEvent { length: 3, ..on_port }), Err(Errno::EINVAL));
-    assert_eq!(assign(IoEvent { length: 0, ..on_port }), Err(Errno::EINVAL), "with a value");
+    vm.ioeventfd_assign(&on_port).unwrap();
+    vm.ioeventfd_assign(&on_memory).unwrap();
+    assert_eq!(errno(vm.ioeventfd_assign(&on_port)), Err(Errno::EEXIST));
+    let assign = |event| errno(vm.ioeventfd_assign(&event));
+    assert_eq!(assign(IoEvent { length: 3, ..on_port.clone() }), Err(Errno::EINVAL));
+    assert_eq!(
+        assign(IoEvent { length: 0, ..on_port.clone() }),
+        Err(Errno::EINVAL),
+        "with a value"
+    );
 
     let mut vcpu = vm.create_vcpu(0).unwrap();
     begin(&vcpu, CODE);
     assert!(matches!(next_exit(&mut vcpu), VcpuExit::Io(_)), "8 does not match");
     assert_eq!(vcpu.io_data(), [8]);
     assert_eq!(next_exit(&mut vcpu), VcpuExit::Hlt, "no MMIO exit");
-    assert_eq!((count(&port), count(&memory)), (1, 1));
+    assert_eq!((port.take(), memory.take()), (Some(1), Some(1)));
 
-    let deassign = |event| errno(vm.ioeventfd_deassign(event));
-    assert_eq!(deassign(IoEvent { datamatch: Some(8), ..on_port }), Err(Errno::ENOENT));
-    assert_eq!(deassign(IoEvent { length: 2, ..on_port }), Err(Errno::ENOENT));
-    assert_eq!(deassign(IoEvent { fd: memory.as_raw_fd(), ..on_port }), Err(Errno::ENOENT));
-    assert_eq!(deassign(on_port), Ok(()));
+    let deassign = |event| errno(vm.ioeventfd_deassign(&event));
+    assert_eq!(deassign(IoEvent { datamatch: Some(8), ..on_port.clone() }), Err(Errno::ENOENT));
+    assert_eq!(deassign(IoEvent { length: 2, ..on_port.clone() }), Err(Errno::ENOENT));
+    assert_eq!(deassign(IoEvent { event: memory, ..on_port.clone() }), Err(Errno::ENOENT));
+    assert_eq!(deassign(on_port.clone()), Ok(()));
     assert_eq!(deassign(on_port), Err(Errno::ENOENT));
     begin(&vcpu, CODE);
     assert!(matches!(next_exit(&mut vcpu), VcpuExit::Io(_)));
     assert_eq!(vcpu.io_data(), [7], "the port exits again");
-}
-
-/// What an eventfd has counted since it was last read.
-fn count(eventfd: &OwnedFd) -> u64 {
-    let mut bytes = [0; 8];
-    match File::from(eventfd.try_clone().unwrap()).read(&mut bytes) {
-        Ok(_) => u64::from_ne_bytes(bytes),
-        Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
-        Err(error) => panic!("{error}"),
-    }
 }
 
 #[test]

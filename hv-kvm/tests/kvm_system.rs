@@ -11,7 +11,7 @@
 mod common;
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 
 use common::real_mode;
 use hv_core::{Capability, DeviceChoice, Hypervisor, OpenErrorKind, Vcpu, VcpuExit, Vm};
@@ -100,7 +100,7 @@ fn nothing_stays_open() {
         let (vm, mut vcpu, _) = real_mode(&[0xf4]);
         let second = vm.create_vcpu(1).unwrap();
         vm.create_vcpu(1).unwrap_err();
-        let eventfd: OwnedFd = common::kvm().eventfd().unwrap();
+        let eventfd = common::kvm().eventfd().unwrap();
         assert_eq!(vcpu.run().unwrap(), VcpuExit::Hlt);
         Kvm::from_inherited(eventfd.as_raw_fd()).unwrap_err();
         Kvm::open("/dev/null").unwrap_err();

@@ -6,6 +6,7 @@
 
 use std::error::Error;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use hv_core::mock::MockVm;
@@ -55,7 +56,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("a doorbell that never leaves the kernel:");
     let registry = IoEventRegistry::new(vm);
     let address = IoAddress::Mmio(0xc000_1000);
-    let event = Arc::new(File::open("/dev/null")?.into()); // an eventfd in a VMM
+    let event = OwnedFd::from(File::open("/dev/null")?).into(); // an eventfd in a VMM
     let doorbell =
         registry.assign(IoEventMatch { address, length: 2, datamatch: Some(0) }, event)?;
 

@@ -6,10 +6,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use hv_core::{IoAddress, IoEvent, IoEventBackend};
+use hv_core::{EventFd, IoAddress, IoEvent, IoEventBackend};
 use thiserror::Error;
 
 /// Which guest write signals an eventfd.
@@ -75,9 +74,9 @@ impl IoEventMatch {
         }
     }
 
-    fn event(self, fd: &OwnedFd) -> IoEvent {
+    fn event(self, event: &EventFd) -> IoEvent {
         let Self { address, length, datamatch } = self;
-        IoEvent { address, length, datamatch, fd: fd.as_raw_fd() }
+        IoEvent { address, length, datamatch, event: event.clone() }
     }
 }
 
@@ -134,7 +133,7 @@ impl Ledger {
         if let Some(there) = self.by_address.get_mut(&address) {
             there.retain(|entry| {
                 let event = entry.matched.event(&entry.event);
-                !(entry.abandoned && vm.ioeventfd_deassign(event).is_ok())
+                !(entry.abandoned && vm.ioeventfd_deassign(&event).is_ok())
             });
             self.remove_empty(address);
         }
@@ -152,7 +151,7 @@ impl Ledger {
 #[derive(Debug, Clone)]
 struct Entry {
     matched: IoEventMatch,
-    event: Arc<OwnedFd>,
+    event: EventFd,
     /// Its owner is gone but KVM did not remove it. Tried again for the next one at its address.
     abandoned: bool,
 }
@@ -172,7 +171,7 @@ impl<B: IoEventBackend> IoEventRegistry<B> {
     pub fn assign(
         &self,
         matched: IoEventMatch,
-        event: Arc<OwnedFd>,
+        event: EventFd,
     ) -> Result<IoEventHandle<B>, IoEventError> {
         matched.check()?;
         let mut ledger = self.shared.ledger();
@@ -183,7 +182,7 @@ impl<B: IoEventBackend> IoEventRegistry<B> {
                 return Err(IoEventError::Conflict { new: matched, existing: *existing });
             }
         }
-        self.shared.vm.ioeventfd_assign(matched.event(&event))?;
+        self.shared.vm.ioeventfd_assign(&matched.event(&event))?;
         let entry = Entry { matched, event, abandoned: false };
         ledger.by_address.entry(matched.address).or_default().push(entry);
         Ok(IoEventHandle { matched, shared: Arc::downgrade(&self.shared) })
@@ -212,7 +211,7 @@ impl<B: IoEventBackend> Shared<B> {
             return Ok(());
         };
         if let Some(entry) = there.get_mut(index) {
-            let deassigned = self.vm.ioeventfd_deassign(matched.event(&entry.event));
+            let deassigned = self.vm.ioeventfd_deassign(&matched.event(&entry.event));
             entry.abandoned = deassigned.is_err();
             deassigned?;
         }
@@ -273,15 +272,33 @@ mod tests {
     use super::*;
     use hv_core::{Errno, Error, Ioctl};
     use proptest::prelude::*;
-    use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+    use std::os::unix::net::UnixStream;
+
+    /// An ioeventfd that does not keep its eventfd open, so that a test can tell who does.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    struct Known {
+        address: IoAddress,
+        length: u32,
+        datamatch: Option<u64>,
+        fd: RawFd,
+    }
+
+    impl From<&IoEvent> for Known {
+        fn from(event: &IoEvent) -> Self {
+            let IoEvent { address, length, datamatch, ref event } = *event;
+            Self { address, length, datamatch, fd: event.as_raw_fd() }
+        }
+    }
 
     /// The ioeventfds of a VM by the rules of KVM. What it would refuse is a complaint.
     #[derive(Debug, Default)]
     struct RuleVm {
-        events: Mutex<Vec<IoEvent>>,
+        events: Mutex<Vec<Known>>,
         calls: Mutex<usize>,
         fail: Mutex<bool>,
-        complaints: Mutex<Vec<IoEvent>>,
+        complaints: Mutex<Vec<Known>>,
     }
 
     impl RuleVm {
@@ -295,7 +312,7 @@ mod tests {
     }
 
     /// As `ioeventfd_check_collision` answers.
-    fn collide(a: &IoEvent, b: &IoEvent) -> bool {
+    fn collide(a: &Known, b: &Known) -> bool {
         if a.address != b.address {
             return false;
         }
@@ -307,8 +324,9 @@ mod tests {
     }
 
     impl IoEventBackend for RuleVm {
-        fn ioeventfd_assign(&self, event: IoEvent) -> Result<(), Error> {
+        fn ioeventfd_assign(&self, event: &IoEvent) -> Result<(), Error> {
             self.call()?;
+            let event = Known::from(event);
             let mut events = self.events.lock().unwrap();
             if events.iter().any(|other| collide(other, &event)) {
                 self.complaints.lock().unwrap().push(event);
@@ -318,8 +336,9 @@ mod tests {
             Ok(())
         }
 
-        fn ioeventfd_deassign(&self, event: IoEvent) -> Result<(), Error> {
+        fn ioeventfd_deassign(&self, event: &IoEvent) -> Result<(), Error> {
             self.call()?;
+            let event = Known::from(event);
             let mut events = self.events.lock().unwrap();
             let Some(index) = events.iter().position(|other| *other == event) else {
                 self.complaints.lock().unwrap().push(event);
@@ -330,12 +349,28 @@ mod tests {
         }
     }
 
-    fn event() -> Arc<OwnedFd> {
-        Arc::new(File::open("/dev/null").unwrap().into())
+    fn event() -> EventFd {
+        watched().0
+    }
+
+    /// One, and what reads the end of file once it is closed.
+    fn watched() -> (EventFd, UnixStream) {
+        let (watch, event) = UnixStream::pair().unwrap();
+        watch.set_nonblocking(true).unwrap();
+        (OwnedFd::from(event).into(), watch)
+    }
+
+    fn is_closed(mut watch: &UnixStream) -> bool {
+        watch.read(&mut [0]).is_ok_and(|bytes| bytes == 0)
     }
 
     fn mmio(address: u64, length: u32, datamatch: Option<u64>) -> IoEventMatch {
         IoEventMatch { address: IoAddress::Mmio(address), length, datamatch }
+    }
+
+    fn known(matched: IoEventMatch, fd: RawFd) -> Known {
+        let IoEventMatch { address, length, datamatch } = matched;
+        Known { address, length, datamatch, fd }
     }
 
     fn registry() -> (Arc<RuleVm>, IoEventRegistry<RuleVm>) {
@@ -438,35 +473,35 @@ mod tests {
         #[test]
         fn registry_kvm_and_owners_agree(ops in ops()) {
             let (vm, registry) = registry();
-            let mut owned: Vec<(IoEventHandle<RuleVm>, Arc<OwnedFd>)> = Vec::new();
+            let mut owned: Vec<(IoEventHandle<RuleVm>, RawFd, UnixStream)> = Vec::new();
             for (op, fault) in ops {
                 *vm.fail.lock().unwrap() = fault;
                 let failed = || fault && !*vm.fail.lock().unwrap();
                 match op {
                     Op::Assign(matched) => {
-                        let event = event();
-                        match registry.assign(matched, event.clone()) {
+                        let (event, watch) = watched();
+                        let fd = event.as_raw_fd();
+                        match registry.assign(matched, event) {
                             Ok(handle) => {
                                 prop_assert_eq!(handle.matched(), matched);
-                                owned.push((handle, event));
+                                owned.push((handle, fd, watch));
                             }
                             Err(IoEventError::Conflict { new, existing }) => {
                                 prop_assert_eq!(new, matched);
                                 prop_assert!(registry.assigned().contains(&existing));
-                                prop_assert!(collide(&new.event(&event), &existing.event(&event)));
+                                prop_assert!(collide(&known(new, fd), &known(existing, fd)));
                             }
                             Err(error) => prop_assert!(failed(), "{}", error),
                         }
                     }
                     Op::Drop(which) | Op::Remove(which) if !owned.is_empty() => {
-                        let (handle, event) = owned.remove(which % owned.len());
+                        let (handle, _, watch) = owned.remove(which % owned.len());
                         match op {
                             Op::Remove(_) => prop_assert_eq!(handle.remove().is_err(), failed()),
                             _ => drop(handle),
                         }
                         // What KVM kept is kept open; what it let go of is not.
-                        let open = Arc::strong_count(&event) == 2;
-                        prop_assert_eq!(open, failed());
+                        prop_assert_eq!(is_closed(&watch), !failed());
                     }
                     Op::Drop(_) | Op::Remove(_) => {}
                 }
@@ -478,8 +513,8 @@ mod tests {
                 kvm.sort_unstable();
                 ours.sort_unstable();
                 prop_assert_eq!(kvm, ours);
-                for (handle, event) in &owned {
-                    prop_assert!(events.contains(&handle.matched().event(event)));
+                for (handle, fd, _) in &owned {
+                    prop_assert!(events.contains(&known(handle.matched(), *fd)));
                 }
             }
         }

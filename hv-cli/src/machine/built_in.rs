@@ -2,7 +2,6 @@
 //! host.
 
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use hv_core::init::{Irqchip, Record};
@@ -46,7 +45,7 @@ impl Parts {
             address: IoAddress::Mmio(guest::DOORBELL),
             length: 4,
             datamatch: Some(guest::DOORBELL_VALUE.into()),
-            fd: self.doorbell.as_raw_fd(),
+            event: self.doorbell.shared(),
         }
     }
 

@@ -33,9 +33,9 @@ fn answering(mut system: MockHypervisor) -> MockHypervisor {
     system.expect_check_extension().returning(|cap| answer(cap, ON_SYSTEM));
     let msrs = MsrIndexList { available: 2, indices: vec![0x10, 0x174] };
     system.expect_msr_index_list().returning(move |_| Ok(msrs.clone()));
-    system
-        .expect_eventfd()
-        .returning(|| Ok(rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap()));
+    system.expect_eventfd().returning(|| {
+        Ok(rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap().into())
+    });
     system.expect_install_kick().returning(|| Ok(()));
     system.expect_create_vm().returning(|_| Ok(vm()));
     system

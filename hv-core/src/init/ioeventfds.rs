@@ -3,8 +3,6 @@
 //! Old kernels had room for six devices on an I/O bus. The probe is never an error and leaves the VM
 //! as it was.
 
-use std::os::fd::AsRawFd;
-
 use super::ManyIoeventfds;
 use crate::{Errno, Hypervisor, IoAddress, IoEvent, IoEventBackend};
 
@@ -24,10 +22,10 @@ pub(super) fn probe<H: Hypervisor>(system: &H, vm: &H::Vm) -> (ManyIoeventfds, u
             address: IoAddress::Pio(0),
             length: 2,
             datamatch: Some(value),
-            fd: eventfd.as_raw_fd(),
+            event: eventfd,
         };
-        match vm.ioeventfd_assign(event) {
-            Ok(()) => assigned.push((event, eventfd)),
+        match vm.ioeventfd_assign(&event) {
+            Ok(()) => assigned.push(event),
             Err(error) => {
                 // Anything but lack of room says nothing about room.
                 answer = match error.errno {
@@ -39,8 +37,8 @@ pub(super) fn probe<H: Hypervisor>(system: &H, vm: &H::Vm) -> (ManyIoeventfds, u
         }
     }
     let mut left = 0;
-    for (event, _eventfd) in assigned.into_iter().rev() {
-        left += u32::from(vm.ioeventfd_deassign(event).is_err());
+    for event in assigned.into_iter().rev() {
+        left += u32::from(vm.ioeventfd_deassign(&event).is_err());
     }
     (answer, left)
 }

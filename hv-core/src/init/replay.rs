@@ -30,7 +30,7 @@ pub(super) fn io<H: Hypervisor>(
     vm: &H::Vm,
     config: &Config,
 ) -> Result<(), InitErrorKind> {
-    for &event in &config.ioeventfds {
+    for event in &config.ioeventfds {
         caps.require(Request::IoEvent(event.address), Capability::Ioeventfd)?;
         vm.ioeventfd_assign(event).map_err(|e| e.about(Context::Address(event.address.value())))?;
     }

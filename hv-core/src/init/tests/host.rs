@@ -178,7 +178,7 @@ impl Host {
             let (ours, theirs) = UnixStream::pair().unwrap();
             ours.set_nonblocking(true).unwrap();
             host.trace.lock().unwrap().eventfds.push(ours);
-            Ok(OwnedFd::from(theirs))
+            Ok(OwnedFd::from(theirs).into())
         });
         let host = self.clone();
         mock.expect_install_kick()

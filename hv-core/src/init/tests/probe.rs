@@ -1,5 +1,7 @@
 //! Rows 15 to 17: the replay, the ioeventfd probe and the kick.
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 
@@ -34,7 +36,8 @@ fn replay() -> Config {
     let mut config = Config::new(4096, 1);
     config.slots = vec![slot(0, 0, false), slot(1, 0xf_0000, true)];
     let address = IoAddress::Mmio(0xd000_0000);
-    config.ioeventfds = vec![IoEvent { address, length: 4, datamatch: None, fd: 9 }];
+    let event = OwnedFd::from(File::open("/dev/null").unwrap()).into();
+    config.ioeventfds = vec![IoEvent { address, length: 4, datamatch: None, event }];
     config.coalesced_zones = vec![
         CoalescedZone { address: IoAddress::Mmio(0xa_0000), size: 0x2_0000 },
         CoalescedZone { address: IoAddress::Pio(0xcf8), size: 4 },
