@@ -15,6 +15,8 @@ mod errno;
 mod error;
 mod event;
 mod exit;
+#[cfg(feature = "fake")]
+pub mod fake;
 mod hypervisor;
 pub mod init;
 mod ioctl;

@@ -1,0 +1,1 @@
+//! A KVM in memory, with KVM's rules.
