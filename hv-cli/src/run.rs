@@ -11,6 +11,7 @@ use crate::console::{Console, Signals};
 use crate::device;
 use crate::exit_code::{ExitCode, StopReason};
 use crate::guest::Checks;
+use crate::machine::host::HostFacts;
 use crate::machine::{Machine, Outcome};
 use crate::output;
 
@@ -35,7 +36,7 @@ pub fn run(config: &RunConfig) -> u8 {
         Ok(signals) => signals,
         Err(error) => return fail(ExitCode::Vmm, &format_args!("signals: {error}")),
     };
-    let machine = match Machine::build(device::open, config) {
+    let machine = match Machine::build(device::open, config, &HostFacts::detect()) {
         Ok(machine) => machine,
         Err(error) if error.is_usage() => return fail(ExitCode::Usage, &error),
         Err(error) => return fail(ExitCode::Vmm, &error),

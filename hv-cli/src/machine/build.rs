@@ -15,6 +15,7 @@ use super::built_in::{Parts, PartsError};
 use super::bus::{Bus, BusError, Device};
 use super::cpu::{CpuidConfig, cpuid, set_firmware_state};
 use super::exits::Outside;
+use super::host::HostFacts;
 use super::interrupts::Interrupts;
 use super::stop::Stopper;
 use super::vcpu::VcpuThread;
@@ -134,19 +135,20 @@ where
     H::Vm: Send + Sync + 'static,
     <H::Vm as Vm>::Vcpu: 'static,
 {
-    /// A machine that is ready to run.
+    /// A machine that is ready to run, on a host with these facts.
     ///
     /// # Errors
     /// What can't be had; everything made until then is gone again.
     pub fn build(
         open: impl FnOnce(&DeviceChoice) -> Result<H, OpenError>,
         config: &RunConfig,
+        host: &HostFacts,
     ) -> Result<Self, BuildError> {
         let images = config.kernel.as_ref().map(Images::open).transpose()?;
         if images.is_none() && config.cpus > MAX_BUILT_IN_CPUS {
             return Err(BuildError::TooManyForBuiltIn(config.cpus));
         }
-        let ram = Arc::new(ram(config)?);
+        let ram = Arc::new(ram(config, host)?);
         let mut init = init_config(config, &ram);
         let parts = if images.is_none() { Some(Parts::new()?) } else { None };
         if let Some(parts) = &parts {
@@ -187,7 +189,7 @@ where
         let cpuid_config = CpuidConfig {
             cpus: config.cpus,
             tsc_deadline: vm.check_extension(Capability::TscDeadlineTimer)? > 0,
-            hide_hypercalls: runs_guest_kernels_in_software(),
+            hide_hypercalls: host.software_kvm,
         };
         let mut vcpus = Vec::new();
         for id in 0..config.cpus {
@@ -213,19 +215,17 @@ where
 }
 
 /// The RAM of the machine, mapped.
-fn ram(config: &RunConfig) -> Result<GuestRam, BuildError> {
+fn ram(config: &RunConfig, host: &HostFacts) -> Result<GuestRam, BuildError> {
     let size = config.memory;
-    let info = rustix::system::sysinfo();
-    let host = MemorySize(info.totalram.saturating_mul(info.mem_unit.into()));
-    if size > host {
-        return Err(BuildError::MoreThanHost { asked: size, host });
+    if size > host.memory {
+        return Err(BuildError::MoreThanHost { asked: size, host: host.memory });
     }
     let hole = GuestRange::new(
         GuestAddress(layout::MMIO_HOLE_START),
         layout::MMIO_HOLE_END - layout::MMIO_HOLE_START,
     );
     let holes: Vec<_> = hole.into_iter().collect();
-    let layout = RamLayout::new(size.0, &holes, host_address_bits())
+    let layout = RamLayout::new(size.0, &holes, host.physical_address_bits)
         .map_err(|error| BuildError::Layout { size, error })?;
     // Only shared memory has pages that can be taken away and given back.
     let ram = match config.devices.contains(&DeviceOption::Testdev) {
@@ -233,21 +233,6 @@ fn ram(config: &RunConfig) -> Result<GuestRam, BuildError> {
         false => GuestRam::new(&layout),
     };
     ram.map_err(|error| BuildError::Ram { size, error })
-}
-
-/// Physical address bits of the host's processors (CPUID leaf 0x80000008, EAX bits 0 to 7).
-fn host_address_bits() -> u8 {
-    const ADDRESS_SIZES: u32 = 0x8000_0008;
-    let highest = std::arch::x86_64::__cpuid(0x8000_0000).eax;
-    if highest < ADDRESS_SIZES {
-        return 36; // every 64-bit processor has at least these
-    }
-    std::arch::x86_64::__cpuid(ADDRESS_SIZES).eax as u8
-}
-
-/// Whether this host's KVM is a software one, which can't run VMCALL in a guest's kernel.
-fn runs_guest_kernels_in_software() -> bool {
-    std::path::Path::new("/sys/module/kvm_pvm").exists()
 }
 
 fn init_config(config: &RunConfig, ram: &GuestRam) -> init::Config {

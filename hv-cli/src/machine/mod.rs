@@ -6,6 +6,7 @@ pub mod bus;
 pub mod cpu;
 pub mod crash;
 pub mod exits;
+pub mod host;
 mod interrupts;
 pub mod stop;
 pub mod vcpu;
