@@ -1,1 +1,5 @@
 //! A KVM in memory, with KVM's rules.
+
+mod findings;
+
+pub use findings::{Finding, Leftover, Loss};
