@@ -16,6 +16,24 @@ pub enum GsiError {
         /// How many there are (`KVM_CAP_IRQ_ROUTING`).
         count: u32,
     },
+    /// Fewer are free than were asked for.
+    #[error("{asked} GSIs are needed and {available} of {count} are free")]
+    TooFew {
+        /// How many were asked for.
+        asked: u32,
+        /// How many are free.
+        available: u32,
+        /// How many there are.
+        count: u32,
+    },
+    /// Enough are free, but not that many in a row.
+    #[error("{asked} GSIs in a row are needed, and no {asked} of the {available} free ones are")]
+    NoRun {
+        /// How many were asked for.
+        asked: u32,
+        /// How many are free.
+        available: u32,
+    },
     /// The host has no such GSI.
     #[error("GSI {gsi} is out of range: this VM has GSIs 0 to {}", .count.saturating_sub(1))]
     OutOfRange {
@@ -142,6 +160,43 @@ impl GsiBitmap {
         Ok(gsi)
     }
 
+    /// Takes the `n` lowest free GSIs, wherever they are.
+    ///
+    /// # Errors
+    /// [`GsiError::TooFew`]; none is taken then.
+    pub fn allocate_many(&mut self, n: u32) -> Result<Vec<Gsi>, GsiError> {
+        self.check_available(n)?;
+        let gsis = std::iter::from_fn(|| self.allocate().ok());
+        Ok(gsis.take(n as usize).collect())
+    }
+
+    /// Takes the lowest `n` free GSIs that follow each other, and says which: for what derives
+    /// the others from the first.
+    ///
+    /// # Errors
+    /// [`GsiError::TooFew`] or [`GsiError::NoRun`]; none is taken then.
+    pub fn allocate_run(&mut self, n: u32) -> Result<Range<u32>, GsiError> {
+        self.check_available(n)?;
+        if n == 0 {
+            return Ok(0..0);
+        }
+        let no_run = GsiError::NoRun { asked: n, available: self.available() };
+        let mut end = 0;
+        loop {
+            let start = first_zero_from(&self.taken, end).ok_or(no_run)?;
+            // Over-allocated bits are set: where there are any, no run reaches beyond `count`.
+            end = first_one_from(&self.taken, start).unwrap_or(self.count);
+            if end - start >= n {
+                let run = start..start + n;
+                for gsi in run.clone().map(Gsi) {
+                    self.set(gsi);
+                }
+                self.allocated += n;
+                return Ok(run);
+            }
+        }
+    }
+
     /// Takes this GSI.
     ///
     /// # Errors
@@ -207,6 +262,11 @@ impl GsiBitmap {
         Ok(())
     }
 
+    fn check_available(&self, asked: u32) -> Result<(), GsiError> {
+        let (available, count) = (self.available(), self.count);
+        if asked <= available { Ok(()) } else { Err(GsiError::TooFew { asked, available, count }) }
+    }
+
     fn check_range(&self, gsi: Gsi) -> Result<(), GsiError> {
         if gsi.0 < self.count {
             Ok(())
@@ -244,6 +304,27 @@ fn bit(words: &[u64], index: u32) -> bool {
     words.get((index / BITS) as usize).is_some_and(|word| word & (1 << (index % BITS)) != 0)
 }
 
+/// The first bit from `from` on that is not set.
+fn first_zero_from(words: &[u64], from: u32) -> Option<u32> {
+    let (first, low) = (from / BITS, (1 << (from % BITS)) - 1);
+    let mut words = (first..).zip(words.iter().skip(first as usize));
+    let (index, word) = words.find_map(|(index, &word)| {
+        let seen = if index == first { low } else { 0 };
+        (word | seen != u64::MAX).then_some((index, word | seen))
+    })?;
+    Some(index * BITS + word.trailing_ones())
+}
+
+/// The first bit from `from` on that is set.
+fn first_one_from(words: &[u64], from: u32) -> Option<u32> {
+    let (first, low) = (from / BITS, (1 << (from % BITS)) - 1);
+    let mut words = (first..).zip(words.iter().skip(first as usize));
+    words.find_map(|(index, &word)| {
+        let unseen = if index == first { word & !low } else { word };
+        (unseen != 0).then(|| index * BITS + unseen.trailing_zeros())
+    })
+}
+
 fn first_zero(words: &[u64]) -> Option<u32> {
     let (index, word) = (0..).zip(words).find(|&(_, &word)| word != u64::MAX)?;
     Some(index * BITS + word.trailing_ones())
@@ -259,167 +340,4 @@ fn ones(mut word: u64) -> impl Iterator<Item = u32> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::collections::BTreeSet;
-
-    const COUNTS: [u32; 12] = [0, 1, 31, 32, 33, 63, 64, 65, 127, 1024, 4096, 4097];
-
-    #[test]
-    fn gives_out_exactly_its_count_whatever_the_count() {
-        for count in COUNTS {
-            let mut gsis = GsiBitmap::new(count);
-            let given: Vec<u32> =
-                std::iter::from_fn(|| gsis.allocate().ok().map(|g| g.0)).collect();
-            assert_eq!(given, (0..count).collect::<Vec<_>>(), "count {count}");
-            assert_eq!(gsis.allocate(), Err(GsiError::Exhausted { count }));
-            assert_eq!((gsis.len(), gsis.available()), (count, 0));
-            assert_eq!(gsis.iter().count() as u32, count);
-        }
-    }
-
-    #[test]
-    fn over_allocated_bits_can_not_be_seen_taken_or_freed() {
-        for count in COUNTS {
-            let mut gsis = GsiBitmap::new(count);
-            let fresh = gsis.clone();
-            for gsi in [count, count + 1, (count | 63) + 1, u32::MAX].map(Gsi) {
-                let out = Err(GsiError::OutOfRange { gsi, count });
-                assert_eq!(gsis.allocate_at(gsi), out);
-                assert_eq!(gsis.free(gsi), out);
-                assert!(gsis.reserve(0..gsi.0.saturating_add(1)).is_err(), "{gsi}");
-                gsis = fresh.clone();
-                assert!(!gsis.is_allocated(gsi) && !gsis.is_reserved(gsi));
-            }
-            assert_eq!(gsis.iter().next(), None);
-        }
-    }
-
-    #[test]
-    fn reserving_is_all_or_nothing() {
-        let mut gsis = GsiBitmap::new(100);
-        gsis.allocate_at(Gsi(70)).unwrap();
-        let before = gsis.clone();
-        assert_eq!(gsis.reserve(60..80), Err(GsiError::AlreadyAllocated(Gsi(70))));
-        let out = GsiError::OutOfRange { gsi: Gsi(100), count: 100 };
-        assert_eq!(gsis.reserve(90..101), Err(out));
-        assert_eq!(gsis, before);
-        gsis.reserve(0..24).unwrap();
-        gsis.reserve(10..30).unwrap();
-        assert_eq!(gsis.available(), 100 - 30 - 1);
-        assert_eq!(gsis.allocate(), Ok(Gsi(30)));
-    }
-
-    #[test]
-    fn errors_say_which_gsi_and_what_the_range_is() {
-        let error = GsiBitmap::new(4096).free(Gsi(5000)).unwrap_err();
-        assert_eq!(error.to_string(), "GSI 5000 is out of range: this VM has GSIs 0 to 4095");
-    }
-
-    #[derive(Debug, Clone)]
-    enum Op {
-        Allocate,
-        AllocateAt(u32),
-        Reserve(u32, u32),
-        Free(u32),
-    }
-
-    fn ops(count: u32) -> impl Strategy<Value = Vec<Op>> {
-        let gsi = 0..count + 70;
-        let op = prop_oneof![
-            6 => Just(Op::Allocate),
-            2 => gsi.clone().prop_map(Op::AllocateAt),
-            1 => (gsi.clone(), 0..40_u32).prop_map(|(start, len)| Op::Reserve(start, len)),
-            4 => gsi.prop_map(Op::Free),
-        ];
-        prop::collection::vec(op, 0..200)
-    }
-
-    /// What a bitmap should answer, from two sets.
-    #[derive(Default)]
-    struct Model {
-        count: u32,
-        allocated: BTreeSet<u32>,
-        reserved: BTreeSet<u32>,
-    }
-
-    impl Model {
-        fn apply(&mut self, op: &Op) -> Result<Option<Gsi>, GsiError> {
-            let count = self.count;
-            let in_range = |gsi| match gsi < count {
-                true => Ok(()),
-                false => Err(GsiError::OutOfRange { gsi: Gsi(gsi), count }),
-            };
-            match *op {
-                Op::Allocate => {
-                    let taken =
-                        |gsi: &u32| self.allocated.contains(gsi) || self.reserved.contains(gsi);
-                    let gsi = (0..count).find(|gsi| !taken(gsi));
-                    let gsi = gsi.ok_or(GsiError::Exhausted { count })?;
-                    self.allocated.insert(gsi);
-                    Ok(Some(Gsi(gsi)))
-                }
-                Op::AllocateAt(gsi) => {
-                    in_range(gsi)?;
-                    if self.reserved.contains(&gsi) {
-                        return Err(GsiError::Reserved(Gsi(gsi)));
-                    }
-                    match self.allocated.insert(gsi) {
-                        true => Ok(None),
-                        false => Err(GsiError::AlreadyAllocated(Gsi(gsi))),
-                    }
-                }
-                Op::Reserve(start, len) => {
-                    if len > 0 {
-                        in_range(start + len - 1)?;
-                    }
-                    if let Some(&gsi) = self.allocated.range(start..start + len).next() {
-                        return Err(GsiError::AlreadyAllocated(Gsi(gsi)));
-                    }
-                    self.reserved.extend(start..start + len);
-                    Ok(None)
-                }
-                Op::Free(gsi) => {
-                    in_range(gsi)?;
-                    if self.reserved.contains(&gsi) {
-                        return Err(GsiError::Reserved(Gsi(gsi)));
-                    }
-                    match self.allocated.remove(&gsi) {
-                        true => Ok(None),
-                        false => Err(GsiError::NotAllocated(Gsi(gsi))),
-                    }
-                }
-            }
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
-        #[test]
-        fn answers_as_two_plain_sets_do(
-            (count, ops) in prop::sample::select(&COUNTS[..10]).prop_flat_map(|c| (Just(c), ops(c)))
-        ) {
-            let mut gsis = GsiBitmap::new(count);
-            let mut model = Model { count, ..Model::default() };
-            for op in &ops {
-                let got = match *op {
-                    Op::Allocate => gsis.allocate().map(Some),
-                    Op::AllocateAt(gsi) => gsis.allocate_at(Gsi(gsi)).map(|()| None),
-                    Op::Reserve(start, len) => gsis.reserve(start..start + len).map(|()| None),
-                    Op::Free(gsi) => gsis.free(Gsi(gsi)).map(|()| None),
-                };
-                prop_assert_eq!(got, model.apply(op), "{:?}", op);
-                prop_assert_eq!(gsis.len() as usize, model.allocated.len());
-                let free = count as usize - model.allocated.len() - model.reserved.len();
-                prop_assert_eq!(gsis.available() as usize, free);
-            }
-            let allocated: Vec<u32> = gsis.iter().map(|gsi| gsi.0).collect();
-            prop_assert_eq!(allocated, model.allocated.iter().copied().collect::<Vec<_>>());
-            for gsi in 0..count + 70 {
-                prop_assert_eq!(gsis.is_reserved(Gsi(gsi)), model.reserved.contains(&gsi));
-                prop_assert_eq!(gsis.is_allocated(Gsi(gsi)), model.allocated.contains(&gsi));
-            }
-        }
-    }
-}
+mod tests;
