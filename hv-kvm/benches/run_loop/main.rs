@@ -20,7 +20,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
-use hv_core::{HostRange, Hypervisor, IoDirection, IoExit, MemoryBackend, Vcpu, VcpuExit, Vm};
+use hv_core::{HostRange, Hypervisor, IoDirection, IoExit, Vcpu, VcpuExit, Vm};
 use kvm_bindings::kvm_regs;
 
 use crate::common::{CODE, slot, store};
