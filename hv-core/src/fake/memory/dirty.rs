@@ -1,0 +1,147 @@
+//! Dirty bits of slots: KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG, and what changes how they work.
+//!
+//! There is no page protection here, and none is needed: KVM protects a page when it clears the
+//! page's bit, so that the next write is noticed. Here every write is.
+
+use super::{Memory, PAGE, Slot};
+use crate::{Errno, SlotId};
+
+const ENABLE: u64 = 1;
+const INITIALLY_SET: u64 = 2;
+
+/// Bytes of an entry of the dirty ring (`struct kvm_dirty_gfn`).
+const RING_ENTRY: u32 = 16;
+/// Entries of a dirty ring that the kernel keeps for itself.
+const RING_RESERVED: u32 = 64;
+
+/// A bit for each page of a slot.
+#[derive(Debug)]
+pub(super) struct DirtyLog(Vec<u64>);
+
+impl DirtyLog {
+    /// For a slot of `pages` pages, all of them dirty or none. A slot's pages are backed by host
+    /// memory 32768 times as large.
+    pub(super) fn new(pages: u64, full: bool) -> Self {
+        let words = usize::try_from(pages.div_ceil(64)).unwrap_or_default();
+        let mut log = vec![if full { u64::MAX } else { 0 }; words];
+        if let (true, Some(last)) = (full && pages % 64 != 0, log.last_mut()) {
+            *last = (1 << (pages % 64)) - 1;
+        }
+        Self(log)
+    }
+
+    pub(super) fn mark(&mut self, page: u64) {
+        let word = usize::try_from(page / 64).ok().and_then(|word| self.0.get_mut(word));
+        if let Some(word) = word {
+            *word |= 1 << (page % 64);
+        }
+    }
+}
+
+impl Memory {
+    /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with its argument.
+    pub(in crate::fake) fn enable_manual_protect(&mut self, flags: u64) -> Result<(), Errno> {
+        let allowed = match flags & ENABLE {
+            0 => ENABLE,
+            _ => self.limits.manual_protect,
+        };
+        if self.limits.manual_protect == 0 || flags & !allowed != 0 {
+            return Err(Errno::EINVAL);
+        }
+        self.manual_protect = flags;
+        Ok(())
+    }
+
+    /// `KVM_CAP_DIRTY_LOG_RING` with the bytes of a ring: from then on bitmaps can't be asked for.
+    /// What is in the rings is not kept.
+    pub(in crate::fake) fn enable_dirty_ring(
+        &mut self,
+        size: u64,
+        have_vcpus: bool,
+    ) -> Result<(), Errno> {
+        // The ioctl has 64 bits for it, and 32 of them are looked at.
+        let size = size as u32;
+        let least = u64::from(RING_RESERVED * RING_ENTRY).max(PAGE);
+        if self.limits.dirty_ring == 0 || !size.is_power_of_two() || u64::from(size) < least {
+            return Err(Errno::EINVAL);
+        }
+        if size > self.limits.dirty_ring {
+            return Err(Errno::E2BIG);
+        }
+        if self.dirty_ring || have_vcpus {
+            return Err(Errno::EINVAL);
+        }
+        self.dirty_ring = true;
+        Ok(())
+    }
+
+    /// `KVM_GET_DIRTY_LOG`. Words of `bitmap` that the slot has no pages for stay as they are.
+    pub(in crate::fake) fn dirty_log(
+        &mut self,
+        id: SlotId,
+        bitmap: &mut [u64],
+    ) -> Result<(), Errno> {
+        // The one rule that is not the kernel's, which believes that the bitmap is long enough.
+        let short = |slot: &Slot| (bitmap.len() as u64) < slot.region.pages().div_ceil(64);
+        if self.slots.get(&id).is_some_and(short) {
+            return Err(Errno::EINVAL);
+        }
+        let keep = self.manual_protect != 0;
+        for (to, from) in bitmap.iter_mut().zip(self.log(id)?) {
+            *to = *from;
+            if !keep {
+                *from = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// `KVM_CLEAR_DIRTY_LOG`, which works without manual protection as well.
+    pub(in crate::fake) fn clear_dirty_log(
+        &mut self,
+        id: SlotId,
+        first: u64,
+        pages: u32,
+        bitmap: &[u64],
+    ) -> Result<(), Errno> {
+        if self.limits.manual_protect == 0 {
+            return Err(Errno::ENOTTY);
+        }
+        // As for reading: the length is ours.
+        if (bitmap.len() as u64) < u64::from(pages).div_ceil(64) {
+            return Err(Errno::EINVAL);
+        }
+        if !self.dirty_ring && first % 64 != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let slot_pages = self.slots.get(&id).map_or(0, |slot| slot.region.pages());
+        let log = self.log(id)?;
+        let rest = slot_pages.checked_sub(first).ok_or(Errno::EINVAL)?;
+        let pages = u64::from(pages);
+        if pages > rest || (pages < rest && pages % 64 != 0) {
+            return Err(Errno::EINVAL);
+        }
+        let words = usize::try_from(pages.div_ceil(64)).map_err(|_| Errno::EINVAL)?;
+        let skip = usize::try_from(first / 64).map_err(|_| Errno::EINVAL)?;
+        for (word, clear) in log.iter_mut().skip(skip).zip(bitmap).take(words) {
+            *word &= !clear;
+        }
+        Ok(())
+    }
+
+    /// Whether a log begins with all pages dirty.
+    pub(super) fn logs_begin_full(&self) -> bool {
+        self.manual_protect & INITIALLY_SET != 0
+    }
+
+    /// The log of a slot, by the rules that reading and clearing share.
+    fn log(&mut self, id: SlotId) -> Result<&mut [u64], Errno> {
+        if self.dirty_ring {
+            return Err(Errno::ENXIO);
+        }
+        self.check_id(id)?;
+        let slot = self.slots.get_mut(&id).ok_or(Errno::ENOENT)?;
+        let log = slot.dirty.as_mut().ok_or(Errno::ENOENT)?;
+        Ok(&mut log.0)
+    }
+}
