@@ -6,7 +6,9 @@
 //! Exit codes: 0 done; 1 something failed, or the command line is wrong; 2 the machine can't run
 //! hardware tests.
 
+mod bench;
 mod ci;
+mod debian;
 mod guest;
 mod kvm_test;
 mod layers;
@@ -56,6 +58,11 @@ enum Task {
         #[arg(long, value_name = "FILE")]
         path: Option<guest::Artefact>,
     },
+    /// Measure what is promised about cost, and say whether it holds; needs /dev/kvm
+    Bench {
+        /// Measure only this
+        name: Option<bench::Bench>,
+    },
     /// Check which crates depend on which, and that rust-vmm crates have one version each
     Layers,
     /// Run everything that a change must pass
@@ -87,6 +94,8 @@ enum Error {
     #[error(transparent)]
     Guest(#[from] guest::Error),
     #[error(transparent)]
+    Bench(#[from] bench::Error),
+    #[error(transparent)]
     Layers(#[from] layers::Error),
     #[error(transparent)]
     Ci(#[from] ci::Error),
@@ -98,6 +107,7 @@ impl Error {
             Self::KvmTest(error) | Self::Ci(ci::Error::KvmTest(error)) if error.is_unusable() => {
                 ExitCode::from(UNUSABLE)
             }
+            Self::Bench(error) if error.is_unusable() => ExitCode::from(UNUSABLE),
             _ => ExitCode::FAILURE,
         }
     }
@@ -131,6 +141,7 @@ fn run(task: Task) -> Result<(), Error> {
             kvm_test::run(&kvm_test::Options { filter, limit: limit.duration() })?;
         }
         Task::Guest { no_install, path } => guest::run(!no_install, path)?,
+        Task::Bench { name } => bench::run(name)?,
         Task::Layers => layers::run()?,
         Task::Ci { limit } => {
             let names = Arguments::command();
@@ -156,6 +167,9 @@ mod tests {
         assert_eq!(Error::from(absent).exit_code(), ExitCode::from(2));
         let absent = kvm_test::check_node("/nonexistent/kvm".as_ref()).unwrap_err();
         assert_eq!(Error::Ci(absent.into()).exit_code(), ExitCode::from(2));
+        let absent = kvm_test::check_node("/nonexistent/kvm".as_ref()).unwrap_err();
+        assert_eq!(Error::Bench(absent.into()).exit_code(), ExitCode::from(2));
+        assert_eq!(Error::from(bench::Error::Missed(1)).exit_code(), ExitCode::FAILURE);
         let failed = kvm_test::Error::NothingRan(None);
         assert_eq!(Error::from(failed).exit_code(), ExitCode::FAILURE);
     }

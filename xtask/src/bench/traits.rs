@@ -1,0 +1,102 @@
+//! `cargo xtask bench traits`: what the traits of hv-core cost a run loop.
+
+use std::process::Command;
+use std::time::Duration;
+
+use super::callgrind;
+use super::paired::{self, Rounds};
+use super::table::Row;
+use super::{Error, executable};
+use crate::process::{self, Event, Read};
+use crate::workspace::KVM_TESTS;
+
+/// So many times the run loops are compared with new VMs: some seconds.
+const SERIES: u32 = 30;
+
+/// How long the benchmark may run.
+const LIMIT: Duration = Duration::from_secs(10 * 60);
+
+/// Runs both benchmarks.
+pub(crate) fn run() -> Result<Vec<Row>, Error> {
+    let mut rows = vec![instructions()?];
+    rows.extend(times()?);
+    Ok(rows)
+}
+
+/// A loop over a stub, in instructions.
+fn instructions() -> Result<Row, Error> {
+    callgrind::ensure()?;
+    let program = executable("hv-core", "stub_loop", &[])?;
+    let direct = callgrind::instructions_per_turn(&program, "direct")?;
+    let traits = callgrind::instructions_per_turn(&program, "traits")?;
+    anstream::println!(
+        "stub_loop: {direct:.2} instructions per exit directly, {traits:.2} through the traits"
+    );
+    Ok(Row {
+        what: "stub, instructions: traits / direct",
+        ratio: traits / direct,
+        spread: None,
+        target: Some(1.02),
+    })
+}
+
+/// A loop over KVM, in time.
+fn times() -> Result<Vec<Row>, Error> {
+    let program = executable("hv-kvm", "run_loop", &[KVM_TESTS])?;
+    let mut criterion = Command::new(&program);
+    process::stream(criterion.arg("--bench"), Read::Stdout, Some(LIMIT), |event| {
+        if let Event::Line(line) = event {
+            anstream::println!("{line}");
+        }
+    })?;
+
+    let mut rounds = Rounds::default();
+    let mut malformed = None;
+    let mut pairs = Command::new(&program);
+    pairs.args(["--paired", &SERIES.to_string()]);
+    process::stream(&mut pairs, Read::Stdout, Some(LIMIT), |event| {
+        if let Event::Line(line) = event
+            && let Err(error) = rounds.take(line)
+        {
+            malformed.get_or_insert(error);
+        }
+    })?;
+    malformed.map_or(Ok(()), Err)?;
+    anstream::println!("run_loop: {} rounds", rounds.len());
+    Ok(judge(&rounds)?)
+}
+
+/// What is compared with what, and how much more it may cost.
+fn judge(rounds: &Rounds) -> Result<Vec<Row>, paired::Error> {
+    [
+        ("KVM, time: raw ioctl / the same (noise)", "control", "raw", None),
+        ("KVM, time: traits / raw ioctl", "traits", "raw", Some(1.02)),
+    ]
+    .into_iter()
+    .map(|(what, measured, base, target)| {
+        let (ratio, spread) = rounds.ratio(measured, base)?;
+        Ok(Row { what, ratio, spread: Some(spread), target })
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn traits_are_judged_against_the_raw_loop() {
+        let mut rounds = Rounds::default();
+        rounds.take("round: exits=64 raw=1000 control=1100 traits=1021").unwrap();
+        let rows = judge(&rounds).unwrap();
+        let missed: Vec<_> = rows.iter().filter(|row| row.is_missed()).map(|r| r.what).collect();
+        assert_eq!(missed, ["KVM, time: traits / raw ioctl"]);
+    }
+
+    #[test]
+    fn a_loop_the_benchmark_left_out_is_an_error() {
+        let mut rounds = Rounds::default();
+        rounds.take("round: raw=1000 control=1000").unwrap();
+        assert!(judge(&rounds).is_err());
+    }
+}
