@@ -23,14 +23,14 @@ impl Span {
     }
 
     /// Where this is from a device: before it, inside, or after.
-    fn from_device(&self, device: &Span) -> Ordering {
-        let last = match device.len {
+    fn relative_to(&self, device: &Span) -> Ordering {
+        let after = match device.len {
             0 => self.start > device.start,
             _ => self.end() > device.end(),
         };
         if self.start < device.start {
             Ordering::Less
-        } else if last {
+        } else if after {
             Ordering::Greater
         } else {
             Ordering::Equal
@@ -51,7 +51,7 @@ impl<D> Default for Bus<D> {
 impl<D> Bus<D> {
     /// Puts a device before the first that is not before or around it.
     pub(super) fn add(&mut self, span: Span, device: D) {
-        let after = |(there, _): &(Span, D)| there.from_device(&span) == Ordering::Greater;
+        let after = |(there, _): &(Span, D)| there.relative_to(&span) == Ordering::Greater;
         let index = self.0.iter().position(after).unwrap_or(self.0.len());
         self.0.insert(index, (span, device));
     }
@@ -67,7 +67,7 @@ impl<D> Bus<D> {
 
     /// The devices an access is offered to, in order.
     pub(super) fn at(&self, access: Span) -> impl Iterator<Item = &D> {
-        let here = move |(span, _): &&(Span, D)| access.from_device(span) == Ordering::Equal;
+        let here = move |(span, _): &&(Span, D)| access.relative_to(span) == Ordering::Equal;
         let found = self.find(access).and_then(|found| self.0.split_at_checked(found));
         let (before, after) = found.unwrap_or_default();
         // The neighbours before the one that was found come first.
@@ -82,7 +82,7 @@ impl<D> Bus<D> {
         while count > 0 {
             let half = count / 2;
             let middle = first + half;
-            match access.from_device(&self.0.get(middle)?.0) {
+            match access.relative_to(&self.0.get(middle)?.0) {
                 Ordering::Equal => return Some(middle),
                 Ordering::Less => count = half,
                 Ordering::Greater => {

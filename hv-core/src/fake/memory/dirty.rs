@@ -24,8 +24,9 @@ impl DirtyLog {
     pub(super) fn new(pages: u64, full: bool) -> Self {
         let words = usize::try_from(pages.div_ceil(64)).unwrap_or_default();
         let mut log = vec![if full { u64::MAX } else { 0 }; words];
-        if let (true, Some(last)) = (full && pages % 64 != 0, log.last_mut()) {
-            *last = (1 << (pages % 64)) - 1;
+        if let (Some(last), true) = (log.last_mut(), full) {
+            // The last word may have bits beyond the last page.
+            *last >>= (64 - pages % 64) % 64;
         }
         Self(log)
     }
@@ -111,14 +112,14 @@ impl Memory {
         if (bitmap.len() as u64) < u64::from(pages).div_ceil(64) {
             return Err(Errno::EINVAL);
         }
-        if !self.dirty_ring && first % 64 != 0 {
+        if !self.dirty_ring && !first.is_multiple_of(64) {
             return Err(Errno::EINVAL);
         }
         let slot_pages = self.slots.get(&id).map_or(0, |slot| slot.region.pages());
         let log = self.log(id)?;
         let rest = slot_pages.checked_sub(first).ok_or(Errno::EINVAL)?;
         let pages = u64::from(pages);
-        if pages > rest || (pages < rest && pages % 64 != 0) {
+        if pages > rest || (pages < rest && !pages.is_multiple_of(64)) {
             return Err(Errno::EINVAL);
         }
         let words = usize::try_from(pages.div_ceil(64)).map_err(|_| Errno::EINVAL)?;

@@ -22,7 +22,8 @@ const MAX_PAGES: u64 = (1 << 31) - 1;
 pub(in crate::fake) struct MemoryLimits {
     /// `KVM_CAP_NR_MEMSLOTS`, for each address space.
     pub(in crate::fake) slots: u32,
-    /// `KVM_CAP_MULTI_ADDRESS_SPACE`: 2 where system management mode has its own.
+    /// `KVM_CAP_MULTI_ADDRESS_SPACE`: 2 where system management mode has its own, 0 where there is
+    /// only one.
     pub(in crate::fake) address_spaces: u32,
     /// Bits of a guest-physical address: those of the host with nested paging, else 52.
     pub(in crate::fake) gpa_bits: u32,
@@ -83,7 +84,7 @@ impl Region {
 
     /// What is wrong whatever else there is.
     fn check(&self) -> Result<(), Errno> {
-        let aligned = (self.guest | self.size | self.host) % PAGE == 0;
+        let aligned = (self.guest | self.size | self.host).is_multiple_of(PAGE);
         // A size of 0 deletes, which is a call of its own.
         let sized = self.size != 0 && self.pages() <= MAX_PAGES;
         // Alignment makes an end at 2^64 the only one that wraps without being beyond the limit
@@ -149,7 +150,7 @@ impl Memory {
 
     fn check_id(&self, id: SlotId) -> Result<(), Errno> {
         let number = id.0 & 0xffff;
-        let known = number < self.limits.slots && space(id) < self.limits.address_spaces;
+        let known = number < self.limits.slots && space(id) < self.limits.address_spaces.max(1);
         if known { Ok(()) } else { Err(Errno::EINVAL) }
     }
 

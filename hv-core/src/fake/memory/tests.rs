@@ -227,6 +227,15 @@ fn accesses_are_cut_where_pages_end() {
 }
 
 #[test]
+fn a_host_without_address_spaces_has_one() {
+    for (spaces, second) in [(0, false), (1, false), (2, true)] {
+        let mut memory = Memory::new(MemoryLimits { address_spaces: spaces, ..LIMITS });
+        assert!(memory.set(&slot(0, 0, &pages(1), PLAIN)).is_ok());
+        assert_eq!(memory.set(&slot(0x1_0000, 0, &pages(1), PLAIN)).is_ok(), second);
+    }
+}
+
+#[test]
 fn only_address_space_0_is_the_guests() {
     let (mut memory, host) = (memory(), pages(1));
     memory.set(&slot(0x1_0000, 0x1000, &host, PLAIN)).unwrap();
