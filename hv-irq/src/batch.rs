@@ -6,7 +6,7 @@
 use std::fmt;
 use std::sync::{Arc, Weak};
 
-use hv_core::{EventFd, Gsi, IrqBackend, Msi, RouteTarget};
+use hv_core::{EventFd, Gsi, IrqBackend, Irqfd, Msi, RouteTarget};
 
 use crate::RouterError;
 use crate::router::Shared;
@@ -91,7 +91,8 @@ impl<'a, V: IrqBackend> Batch<'a, V> {
     /// The route belongs to another router. When the batch is committed: the eventfd is bound
     /// already, or the route is to another one.
     pub fn bind(&mut self, route: &MsiRoute<V>, event: EventFd) -> Result<(), RouterError> {
-        self.name(&route.owned, [Op::Bind(route.gsi(), event)])
+        let irqfd = Irqfd { event, gsi: route.gsi(), resample: None };
+        self.name(&route.owned, [Op::Bind(irqfd)])
     }
 
     /// Unbinds the eventfd of `route`, if it has one, and keeps the route: how to mask. Events are
@@ -112,9 +113,9 @@ impl<'a, V: IrqBackend> Batch<'a, V> {
         self.name(&route.owned, [Op::Unbind(gsi), Op::Clear(gsi)])
     }
 
-    /// Routes the GSI of a legacy pin that is in user space.
-    pub(crate) fn set_legacy(&mut self, pin: u32, msi: Msi) {
-        self.ops.push(Op::Set(Gsi(pin), RouteTarget::Msi(msi)));
+    /// A change to a legacy GSI, which nobody owns.
+    pub(crate) fn stage(&mut self, op: Op) {
+        self.ops.push(op);
     }
 
     /// Tells KVM. The routes named so far are released afterwards, if their handles are gone.
@@ -145,76 +146,12 @@ impl<V: IrqBackend> fmt::Debug for Batch<'_, V> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{Told, event, is_closed, msi, router, taken, watched, willing};
     use crate::{GsiError, IrqRouter, LegacyPins, RouteError, RouterConfig};
     use hv_core::mock::MockVm;
     use hv_core::{Errno, Error, Ioctl};
-    use std::fs::File;
-    use std::io::Read;
-    use std::os::fd::{AsRawFd, OwnedFd};
-    use std::os::unix::net::UnixStream;
+    use std::os::fd::AsRawFd;
     use std::sync::Mutex;
-
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    enum Told {
-        Deassign(Gsi),
-        Table(usize),
-        Assign(Gsi),
-    }
-
-    /// A router over a mock that logs what it is told, and refuses what `refuse` says.
-    fn router(
-        gsi_count: u32,
-        refuse: impl Fn(Told) -> Option<Errno> + Clone + Send + 'static,
-    ) -> (IrqRouter<MockVm>, Arc<Mutex<Vec<Told>>>) {
-        let log = Arc::new(Mutex::new(Vec::new()));
-        let tell = {
-            let log = log.clone();
-            move |told, ioctl| {
-                log.lock().unwrap().push(told);
-                refuse(told).map_or(Ok(()), |errno| Err(Error::new(ioctl, errno)))
-            }
-        };
-        let mut vm = MockVm::new();
-        vm.expect_drop().return_const(());
-        let tell_table = tell.clone();
-        vm.expect_set_gsi_routing()
-            .returning(move |routes| tell_table(Told::Table(routes.len()), Ioctl::SetGsiRouting));
-        let tell_assign = tell.clone();
-        vm.expect_irqfd_assign()
-            .returning(move |irqfd| tell_assign(Told::Assign(irqfd.gsi), Ioctl::Irqfd));
-        vm.expect_irqfd_deassign().returning(move |_, gsi| tell(Told::Deassign(gsi), Ioctl::Irqfd));
-        let config = RouterConfig { gsi_count, pins: LegacyPins::Kernel, inject_status: true };
-        let router = IrqRouter::new(Arc::new(vm), config).unwrap();
-        assert_eq!(taken(&log), [Told::Table(38)], "one ioctl for the default routes");
-        (router, log)
-    }
-
-    fn willing() -> (IrqRouter<MockVm>, Arc<Mutex<Vec<Told>>>) {
-        router(4096, |_| None)
-    }
-
-    fn taken(log: &Mutex<Vec<Told>>) -> Vec<Told> {
-        std::mem::take(&mut log.lock().unwrap())
-    }
-
-    fn msi(data: u32) -> Msi {
-        Msi { address: 0xfee0_0000, data, device: None }
-    }
-
-    fn event() -> EventFd {
-        OwnedFd::from(File::open("/dev/null").unwrap()).into()
-    }
-
-    /// One, and what reads the end of file once it is closed.
-    fn watched() -> (EventFd, UnixStream) {
-        let (watch, event) = UnixStream::pair().unwrap();
-        watch.set_nonblocking(true).unwrap();
-        (OwnedFd::from(event).into(), watch)
-    }
-
-    fn is_closed(mut watch: &UnixStream) -> bool {
-        watch.read(&mut [0]).is_ok_and(|bytes| bytes == 0)
-    }
 
     fn add(router: &IrqRouter<MockVm>, n: u32) -> Vec<MsiRoute<MockVm>> {
         router.batch(|batch| (0..n).map(|i| batch.add_msi(msi(i))).collect()).unwrap()

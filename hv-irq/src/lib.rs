@@ -14,16 +14,20 @@ mod bitmap;
 mod error;
 mod ioapic;
 mod ledger;
+mod level;
 mod pin;
 mod pins;
 mod router;
 mod state;
 mod table;
+#[cfg(test)]
+mod testing;
 
 pub use batch::{Batch, MsiRoute};
 pub use bitmap::{GsiBitmap, GsiError};
 pub use error::RouterError;
 pub use ioapic::Ioapic;
+pub use level::LevelPin;
 pub use pin::PinIrqfd;
 pub use pins::{LEGACY_GSIS, pc_default_routes};
 pub use router::{IrqRouter, LegacyPins, RouterConfig};

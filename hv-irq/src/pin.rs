@@ -1,12 +1,11 @@
-//! A legacy line of the kernel's interrupt controllers, raised by an eventfd.
+//! A legacy line of the kernel's interrupt controllers, raised edge-triggered by an eventfd.
 //!
 //! The routes of a line are the machine's: nothing here changes the table.
 
 use std::fmt;
-use std::os::fd::AsRawFd;
 use std::sync::{Arc, Weak};
 
-use hv_core::{EventFd, Gsi, IrqBackend, RouteTarget};
+use hv_core::{EventFd, Gsi, IrqBackend, Irqfd, RouteTarget};
 
 use crate::router::Shared;
 use crate::state::Op;
@@ -38,8 +37,8 @@ impl<V: IrqBackend> fmt::Debug for PinIrqfd<V> {
 
 impl<V: IrqBackend> Drop for PinIrqfd<V> {
     fn drop(&mut self) {
-        if let Some(router) = self.router.upgrade() {
-            router.state().release_irqfd(&*router.vm, self.event.as_raw_fd());
+        if let Some(shared) = self.router.upgrade() {
+            IrqRouter { shared }.release_irqfd(&self.event);
         }
     }
 }
@@ -51,25 +50,29 @@ impl<V: IrqBackend> IrqRouter<V> {
     /// # Errors
     /// There is no such line in the kernel, the eventfd is bound already, or KVM refuses.
     pub fn bind_pin(&self, gsi: Gsi, event: EventFd) -> Result<PinIrqfd<V>, RouterError> {
-        let mut state = self.shared.state();
-        if !state.table.targets(gsi).any(|target| matches!(target, RouteTarget::Pin { .. })) {
-            return Err(RouterError::NoKernelLine(gsi));
-        }
-        state.commit(&*self.shared.vm, &[Op::Bind(gsi, event.clone())])?;
+        self.bind_line(&Irqfd { event: event.clone(), gsi, resample: None })?;
         Ok(PinIrqfd { gsi, event, router: Arc::downgrade(&self.shared) })
+    }
+
+    pub(crate) fn bind_line(&self, irqfd: &Irqfd) -> Result<(), RouterError> {
+        let mut state = self.shared.state();
+        let mut targets = state.table.targets(irqfd.gsi);
+        if !targets.any(|target| matches!(target, RouteTarget::Pin { .. })) {
+            return Err(RouterError::NoKernelLine(irqfd.gsi));
+        }
+        drop(targets);
+        state.commit(&*self.shared.vm, &[Op::Bind(irqfd.clone())])
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{event, is_closed, watched};
     use crate::{LegacyPins, RouterConfig};
     use hv_core::mock::MockVm;
     use hv_core::{Errno, Error, Ioctl};
-    use std::fs::File;
-    use std::io::Read;
-    use std::os::fd::OwnedFd;
-    use std::os::unix::net::UnixStream;
+    use std::os::fd::AsRawFd;
 
     fn router(pins: LegacyPins, vm: MockVm) -> IrqRouter<MockVm> {
         let config = RouterConfig { gsi_count: 4096, pins, inject_status: true };
@@ -81,21 +84,6 @@ mod tests {
         vm.expect_drop().return_const(());
         vm.expect_set_gsi_routing().times(commits).returning(|_| Ok(()));
         vm
-    }
-
-    fn event() -> EventFd {
-        OwnedFd::from(File::open("/dev/null").unwrap()).into()
-    }
-
-    /// One, and what reads the end of file once it is closed.
-    fn watched() -> (EventFd, UnixStream) {
-        let (watch, event) = UnixStream::pair().unwrap();
-        watch.set_nonblocking(true).unwrap();
-        (OwnedFd::from(event).into(), watch)
-    }
-
-    fn is_closed(mut watch: &UnixStream) -> bool {
-        watch.read(&mut [0]).is_ok_and(|bytes| bytes == 0)
     }
 
     #[test]

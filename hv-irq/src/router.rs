@@ -165,7 +165,7 @@ impl<V: IrqBackend> IrqRouter<V> {
     /// The irqfds KVM has, by descriptor.
     #[must_use]
     pub fn irqfds(&self) -> Vec<hv_core::Irqfd> {
-        self.shared.state().irqfds.iter().map(|binding| binding.irqfd()).collect()
+        self.shared.state().irqfds.iter().cloned().collect()
     }
 }
 

@@ -7,9 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsRawFd, RawFd};
 
-use hv_core::{Error, EventFd, Gsi, IrqBackend, Route, RouteTarget};
+use hv_core::{Error, Gsi, IrqBackend, Irqfd, Route, RouteTarget};
 
-use crate::ledger::{Binding, Ledger};
+use crate::ledger::Ledger;
 use crate::table::Targets;
 use crate::{GsiBitmap, RouteError, RouterError, RoutingTable};
 
@@ -23,7 +23,7 @@ pub(crate) enum Op {
     /// Removes all a GSI leads to.
     Clear(Gsi),
     /// Binds an eventfd to a GSI; only a legacy one may have several.
-    Bind(Gsi, EventFd),
+    Bind(Irqfd),
     /// Unbinds all eventfds of a GSI.
     Unbind(Gsi),
     /// Unbinds an eventfd.
@@ -47,7 +47,7 @@ pub(crate) struct State {
 #[derive(Debug, Default)]
 struct Change {
     routes: BTreeMap<Gsi, Targets>,
-    irqfds: BTreeMap<RawFd, Option<Binding>>,
+    irqfds: BTreeMap<RawFd, Option<Irqfd>>,
 }
 
 impl State {
@@ -118,9 +118,9 @@ impl State {
     /// Tries again to unbind what is abandoned, and clears the routes of what has no irqfd left.
     fn reap<V: IrqBackend>(&mut self, vm: &V, change: &mut Change) -> Vec<Gsi> {
         for fd in std::mem::take(&mut self.abandoned_irqfds) {
-            let Some(binding) = self.irqfds.get(fd) else { continue };
-            match vm.irqfd_deassign(&binding.event, binding.gsi) {
-                Ok(()) => drop(self.irqfds.put(fd, None)),
+            let Some(irqfd) = self.irqfds.get(fd) else { continue };
+            match vm.irqfd_deassign(&irqfd.event, irqfd.gsi) {
+                Ok(()) => drop(self.irqfds.remove(fd)),
                 Err(_) => drop(self.abandoned_irqfds.insert(fd)),
             }
         }
@@ -151,8 +151,8 @@ impl State {
                 let before = self.table.put(*gsi, Targets::None);
                 change.routes.entry(*gsi).or_insert(before);
             }
-            Op::Bind(gsi, event) => {
-                let (gsi, fd) = (*gsi, event.as_raw_fd());
+            Op::Bind(irqfd) => {
+                let (gsi, fd) = (irqfd.gsi, irqfd.event.as_raw_fd());
                 // KVM would take it, and lose every event.
                 if self.table.get(gsi) == Targets::None {
                     return Err(RouterError::NotRouted(gsi));
@@ -165,28 +165,29 @@ impl State {
                 {
                     return Err(RouterError::RouteBound { gsi, fd });
                 }
-                self.put_irqfd(fd, Some(Binding { gsi, event: event.clone() }), change);
+                let before = self.irqfds.insert(irqfd.clone());
+                change.irqfds.entry(fd).or_insert(before);
             }
             Op::Unbind(gsi) => {
                 let fds: Vec<RawFd> = self.irqfds.of(*gsi).collect();
                 for fd in fds {
-                    self.put_irqfd(fd, None, change);
+                    self.unbind(fd, change);
                 }
             }
-            Op::UnbindEvent(fd) => self.put_irqfd(*fd, None, change),
+            Op::UnbindEvent(fd) => self.unbind(*fd, change),
         }
         Ok(())
     }
 
-    fn put_irqfd(&mut self, fd: RawFd, binding: Option<Binding>, change: &mut Change) {
-        let before = self.irqfds.put(fd, binding);
+    fn unbind(&mut self, fd: RawFd, change: &mut Change) {
+        let before = self.irqfds.remove(fd);
         change.irqfds.entry(fd).or_insert(before);
     }
 
     /// Puts back what `change` replaced; returns the routes that were there instead.
     fn undo(&mut self, change: Change) -> Vec<(Gsi, Targets)> {
         for (fd, before) in change.irqfds {
-            self.irqfds.put(fd, before);
+            self.irqfds.restore(fd, before);
         }
         let routes = change.routes.into_iter();
         routes.map(|(gsi, before)| (gsi, self.table.put(gsi, before))).collect()
@@ -200,16 +201,16 @@ impl State {
 
         let (mut unbound, mut written, mut bound) = (0, false, 0);
         let mut tell = || -> Result<(), Error> {
-            for binding in &unbind {
-                vm.irqfd_deassign(&binding.event, binding.gsi)?;
+            for irqfd in &unbind {
+                vm.irqfd_deassign(&irqfd.event, irqfd.gsi)?;
                 unbound += 1;
             }
             if table_differs {
                 vm.set_gsi_routing(&self.table.routes())?;
                 written = true;
             }
-            for binding in &bind {
-                vm.irqfd_assign(&binding.irqfd())?;
+            for irqfd in &bind {
+                vm.irqfd_assign(irqfd)?;
                 bound += 1;
             }
             Ok(())
@@ -220,10 +221,10 @@ impl State {
         // KVM, so that the two agree whatever happens.
         let mut failure = None;
         let refused = self.undo(change);
-        for binding in bind.into_iter().take(bound) {
-            if let Err(error) = vm.irqfd_deassign(&binding.event, binding.gsi) {
+        for irqfd in bind.into_iter().take(bound) {
+            if let Err(error) = vm.irqfd_deassign(&irqfd.event, irqfd.gsi) {
                 failure.get_or_insert(error);
-                self.irqfds.put(binding.fd(), Some(binding));
+                self.irqfds.insert(irqfd);
             }
         }
         if written && let Err(error) = vm.set_gsi_routing(&self.table.routes()) {
@@ -232,12 +233,13 @@ impl State {
                 self.table.put(gsi, targets);
             }
         }
-        for binding in unbind.iter().take(unbound) {
+        for irqfd in unbind.iter().take(unbound) {
+            let fd = irqfd.event.as_raw_fd();
             // A new binding of the same eventfd that could not be undone stays instead.
-            let restored = self.irqfds.get(binding.fd()).is_some_and(|b| b.gsi == binding.gsi);
-            if restored && let Err(error) = vm.irqfd_assign(&binding.irqfd()) {
+            let restored = self.irqfds.get(fd) == Some(irqfd);
+            if restored && let Err(error) = vm.irqfd_assign(irqfd) {
                 failure.get_or_insert(error);
-                self.irqfds.put(binding.fd(), None);
+                self.irqfds.remove(fd);
             }
         }
         Err(match failure {
@@ -247,11 +249,11 @@ impl State {
     }
 
     /// The irqfds KVM has and should not, and those it should have and has not.
-    fn irqfd_difference(&self, change: &Change) -> (Vec<Binding>, Vec<Binding>) {
+    fn irqfd_difference(&self, change: &Change) -> (Vec<Irqfd>, Vec<Irqfd>) {
         let (mut unbind, mut bind) = (Vec::new(), Vec::new());
         for (&fd, before) in &change.irqfds {
             let after = self.irqfds.get(fd);
-            if before.as_ref().map(|b| b.gsi) != after.map(|b| b.gsi) {
+            if before.as_ref() != after {
                 unbind.extend(before.clone());
                 bind.extend(after.cloned());
             }

@@ -4,16 +4,24 @@
 //! sends messages and keeps the routes of GSIs 0 to 23 equal to them, from which KVM learns the ends
 //! of which interrupts it has to report (`KVM_EXIT_IOAPIC_EOI`). It must not know who drives a pin.
 //!
+//! A pin is driven by its line, which is in user space, or by eventfds that are irqfds on its GSI while
+//! it is not masked, so that KVM sends the message by itself. Such a message leaves no trace in the
+//! remote IRR.
+//!
 //! Lock order: the lock around the registers is taken before that of the router.
 
+mod level;
 mod redirection;
 
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hv_core::{IrqBackend, IrqchipId, MsiStatus};
+use hv_core::{Gsi, IrqBackend, IrqchipId, MsiStatus, RouteTarget};
 
+use crate::state::Op;
 use crate::{IrqRouter, LegacyPins, RouteError, RouterError};
+pub(crate) use level::PinTrigger;
+use level::Triggers;
 use redirection::RedirectionEntry;
 
 const PINS: usize = 24;
@@ -34,11 +42,15 @@ mod index {
     pub(super) const REDIRECTION: u8 = 0x10;
 }
 
-/// An I/O APIC in user space.
+/// An I/O APIC in user space. Clones are the same I/O APIC.
 ///
 /// A VMM maps its registers, 4 KiB at 0xfec00000 on a PC, to [`Ioapic::read`] and [`Ioapic::write`],
 /// hands it the vector of each `KVM_EXIT_IOAPIC_EOI`, and lets devices drive its pins.
 pub struct Ioapic<V: IrqBackend> {
+    chip: Arc<Chip<V>>,
+}
+
+pub(crate) struct Chip<V: IrqBackend> {
     router: IrqRouter<V>,
     registers: Mutex<Registers>,
 }
@@ -51,6 +63,7 @@ struct Registers {
     entries: [RedirectionEntry; PINS],
     /// Bit n: the line to pin n is asserted.
     lines: u32,
+    triggers: Triggers,
 }
 
 impl<V: IrqBackend> Ioapic<V> {
@@ -63,13 +76,14 @@ impl<V: IrqBackend> Ioapic<V> {
             return Err(RouterError::PinsInKernel);
         }
         let entries = [RedirectionEntry::RESET; PINS];
-        let registers = Mutex::new(Registers { select: 0, id: 0, entries, lines: 0 });
-        Ok(Self { router, registers })
+        let triggers = Triggers::default();
+        let registers = Mutex::new(Registers { select: 0, id: 0, entries, lines: 0, triggers });
+        Ok(Self { chip: Arc::new(Chip { router, registers }) })
     }
 
     /// The guest reads at an offset into the registers. What is no register reads as 0.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        let registers = self.registers();
+        let registers = self.chip.registers();
         let value = match offset {
             register::SELECT => registers.select.into(),
             register::WINDOW => registers.window(),
@@ -92,11 +106,11 @@ impl<V: IrqBackend> Ioapic<V> {
             *to = *from;
         }
         let value = u32::from_le_bytes(value);
-        let mut registers = self.registers();
+        let mut registers = self.chip.registers();
         match offset {
             register::SELECT => registers.select = value as u8,
-            register::WINDOW => self.write_window(&mut registers, value)?,
-            register::EOI => self.end(&mut registers, value as u8)?,
+            register::WINDOW => self.chip.write_window(&mut registers, value)?,
+            register::EOI => self.chip.end(&mut registers, value as u8)?,
             _ => {}
         }
         Ok(())
@@ -107,7 +121,7 @@ impl<V: IrqBackend> Ioapic<V> {
     /// # Errors
     /// There is no such pin, or KVM refuses the message.
     pub fn set_line(&self, pin: u8, asserted: bool) -> Result<(), RouterError> {
-        self.drive(&mut self.registers(), pin, asserted)
+        self.chip.drive(&mut self.chip.registers(), pin, asserted)
     }
 
     /// Asserts the line to a pin and deasserts it: one edge, whoever else drives the pin.
@@ -115,9 +129,9 @@ impl<V: IrqBackend> Ioapic<V> {
     /// # Errors
     /// There is no such pin, or KVM refuses the message.
     pub fn pulse(&self, pin: u8) -> Result<(), RouterError> {
-        let mut registers = self.registers();
-        self.drive(&mut registers, pin, true)?;
-        self.drive(&mut registers, pin, false)
+        let mut registers = self.chip.registers();
+        self.chip.drive(&mut registers, pin, true)?;
+        self.chip.drive(&mut registers, pin, false)
     }
 
     /// The guest ended the interrupt with this vector (`KVM_EXIT_IOAPIC_EOI`). Pins whose line is
@@ -126,9 +140,11 @@ impl<V: IrqBackend> Ioapic<V> {
     /// # Errors
     /// KVM refuses the message.
     pub fn eoi(&self, vector: u8) -> Result<(), RouterError> {
-        self.end(&mut self.registers(), vector)
+        self.chip.end(&mut self.chip.registers(), vector)
     }
+}
 
+impl<V: IrqBackend> Chip<V> {
     fn drive(&self, registers: &mut Registers, pin: u8, asserted: bool) -> Result<(), RouterError> {
         let Some(&entry) = registers.entries.get(usize::from(pin)) else {
             let (chip, pin) = (IrqchipId::IOAPIC, pin.into());
@@ -164,6 +180,9 @@ impl<V: IrqBackend> Ioapic<V> {
     fn end(&self, registers: &mut Registers, vector: u8) -> Result<(), RouterError> {
         for pin in 0..PINS {
             let Some(entry) = registers.entries.get_mut(pin) else { continue };
+            if entry.is_level() && entry.vector() == vector {
+                registers.triggers.resample(pin);
+            }
             if entry.remote_irr() && entry.vector() == vector {
                 *entry = entry.with_remote_irr(false);
                 self.deliver_level(registers, pin)?;
@@ -179,12 +198,20 @@ impl<V: IrqBackend> Ioapic<V> {
         }
         let Some((pin, upper)) = redirection_index(select) else { return Ok(()) };
         let Some(entry) = registers.entries.get_mut(pin) else { return Ok(()) };
-        let written = if upper { entry.with_high(value) } else { entry.with_low(value) };
+        let before = *entry;
+        let written = if upper { before.with_high(value) } else { before.with_low(value) };
         self.router.batch(|batch| {
-            batch.set_legacy(pin as u32, written.message());
+            batch.stage(Op::Set(Gsi(pin as u32), RouteTarget::Msi(written.message())));
+            if before.is_masked() != written.is_masked() {
+                registers.triggers.stage(batch, pin, !written.is_masked());
+            }
             Ok(())
         })?;
         *entry = written;
+        // The end of an interrupt that is in service has the old vector, and would find nobody.
+        if before.is_level() && (before.vector() != written.vector() || !written.is_level()) {
+            registers.triggers.resample(pin);
+        }
         self.deliver_level(registers, pin)
     }
 
@@ -218,213 +245,18 @@ fn redirection_index(select: u8) -> Option<(usize, bool)> {
     Some((usize::from(index / 2), index % 2 == 1))
 }
 
+impl<V: IrqBackend> Clone for Ioapic<V> {
+    fn clone(&self) -> Self {
+        Self { chip: Arc::clone(&self.chip) }
+    }
+}
+
 impl<V: IrqBackend> fmt::Debug for Ioapic<V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Ioapic").field("registers", &*self.registers()).finish_non_exhaustive()
+        let registers = self.chip.registers();
+        f.debug_struct("Ioapic").field("registers", &*registers).finish_non_exhaustive()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::RouterConfig;
-    use hv_core::mock::MockVm;
-    use hv_core::{Errno, Error, Gsi, Ioctl, Msi, Route, RouteTarget};
-    use std::sync::{Arc, Mutex};
-
-    /// What a VM is told, in order.
-    #[derive(Debug, Clone, PartialEq, Eq)]
-    enum Told {
-        Table(Vec<Route>),
-        Message(Msi),
-    }
-
-    type Log = Arc<Mutex<Vec<Told>>>;
-
-    fn ioapic(status: MsiStatus) -> (Ioapic<MockVm>, Log) {
-        let log = Log::default();
-        let (tables, messages) = (log.clone(), log.clone());
-        let mut vm = MockVm::new();
-        vm.expect_drop().return_const(());
-        vm.expect_set_gsi_routing().returning(move |routes| {
-            tables.lock().unwrap().push(Told::Table(routes.to_vec()));
-            Ok(())
-        });
-        vm.expect_signal_msi().returning(move |msi| {
-            messages.lock().unwrap().push(Told::Message(msi));
-            Ok(status)
-        });
-        (Ioapic::new(split(vm)).unwrap(), log)
-    }
-
-    fn split(vm: MockVm) -> IrqRouter<MockVm> {
-        let pins = LegacyPins::Userspace;
-        let config = RouterConfig { gsi_count: 4096, pins, inject_status: true };
-        IrqRouter::new(Arc::new(vm), config).unwrap()
-    }
-
-    fn set(ioapic: &Ioapic<MockVm>, register: u8, value: u32) {
-        ioapic.write(register::SELECT, &[register]).unwrap();
-        ioapic.write(register::WINDOW, &value.to_le_bytes()).unwrap();
-    }
-
-    fn get(ioapic: &Ioapic<MockVm>, register: u8) -> u32 {
-        ioapic.write(register::SELECT, &u32::from(register).to_le_bytes()).unwrap();
-        let mut data = [0xaa; 4];
-        ioapic.read(register::WINDOW, &mut data);
-        u32::from_le_bytes(data)
-    }
-
-    fn low(pin: u8) -> u8 {
-        index::REDIRECTION + 2 * pin
-    }
-
-    fn taken(log: &Log) -> Vec<Told> {
-        std::mem::take(&mut log.lock().unwrap())
-    }
-
-    fn message(data: u32) -> Told {
-        Told::Message(Msi { address: 0xfee0_0000, data, device: None })
-    }
-
-    const LEVEL_0X41: u32 = 0x8041;
-
-    #[test]
-    fn identifies_itself() {
-        let (ioapic, log) = ioapic(MsiStatus::Delivered);
-        assert_eq!(get(&ioapic, index::VERSION), 0x0017_0020, "24 entries, with an EOI register");
-        set(&ioapic, index::ID, 0xffff_ffff);
-        assert_eq!(get(&ioapic, index::ID), 0x0f00_0000);
-        assert_eq!(get(&ioapic, index::ARBITRATION), 0x0f00_0000);
-        for pin in 0..24 {
-            assert_eq!(get(&ioapic, low(pin)), 0x1_0000, "masked");
-            assert_eq!(get(&ioapic, low(pin) + 1), 0);
-        }
-        assert!(taken(&log).is_empty(), "none of this concerns KVM");
-    }
-
-    #[test]
-    fn any_access_to_any_offset_is_answered() {
-        let (ioapic, log) = ioapic(MsiStatus::Delivered);
-        for offset in (0..0x1000).chain([u64::MAX]) {
-            if offset != register::WINDOW {
-                ioapic.write(offset, &[0xff; 8]).unwrap();
-            }
-            let mut data = [0xaa; 8];
-            ioapic.read(offset, &mut data);
-            ioapic.read(offset, &mut data[..1]);
-            ioapic.read(offset, &mut []);
-            assert_eq!(data[4..], [0; 4]);
-        }
-        for select in 0x40..=0xff {
-            set(&ioapic, select, u32::MAX);
-            assert_eq!(get(&ioapic, select), 0, "no such register");
-        }
-        assert!(taken(&log).is_empty());
-    }
-
-    #[test]
-    fn an_edge_is_sent_once_and_not_while_masked() {
-        let (ioapic, log) = ioapic(MsiStatus::Delivered);
-        ioapic.pulse(4).unwrap();
-        set(&ioapic, low(4), 0x31);
-        let route = Route {
-            gsi: Gsi(4),
-            target: RouteTarget::Msi(Msi { address: 0xfee0_0000, data: 0x31, device: None }),
-        };
-        assert_eq!(taken(&log), [Told::Table(vec![route])], "nothing is left of a masked edge");
-        ioapic.set_line(4, true).unwrap();
-        ioapic.set_line(4, true).unwrap();
-        assert_eq!(taken(&log), [message(0x31)], "a level is no edge");
-        ioapic.set_line(4, false).unwrap();
-        ioapic.pulse(4).unwrap();
-        ioapic.pulse(4).unwrap();
-        assert_eq!(taken(&log), [message(0x31), message(0x31)]);
-        assert_eq!(get(&ioapic, low(4)), 0x31, "an edge leaves no remote IRR");
-    }
-
-    #[test]
-    fn a_level_is_sent_again_only_after_its_end() {
-        let (ioapic, log) = ioapic(MsiStatus::Delivered);
-        set(&ioapic, low(9), LEVEL_0X41);
-        taken(&log);
-        ioapic.set_line(9, true).unwrap();
-        ioapic.set_line(9, false).unwrap();
-        ioapic.set_line(9, true).unwrap();
-        assert_eq!(taken(&log), [message(0xc041)]);
-        assert_eq!(get(&ioapic, low(9)), LEVEL_0X41 | 0x4000, "remote IRR");
-        ioapic.eoi(0x40).unwrap();
-        assert!(taken(&log).is_empty(), "another vector");
-        ioapic.eoi(0x41).unwrap();
-        assert_eq!(taken(&log), [message(0xc041)], "still asserted");
-        ioapic.set_line(9, false).unwrap();
-        ioapic.write(register::EOI, &0x41_u32.to_le_bytes()).unwrap();
-        assert!(taken(&log).is_empty());
-        assert_eq!(get(&ioapic, low(9)), LEVEL_0X41);
-    }
-
-    #[test]
-    fn a_masked_level_waits_and_its_end_still_counts() {
-        let (ioapic, log) = ioapic(MsiStatus::Delivered);
-        set(&ioapic, low(9), LEVEL_0X41);
-        ioapic.set_line(9, true).unwrap();
-        taken(&log);
-        // Masked while in service, as a handler that runs in a thread does.
-        set(&ioapic, low(9), LEVEL_0X41 | 0x1_0000);
-        assert!(taken(&log).is_empty(), "the mask is no part of the route: no ioctl");
-        ioapic.eoi(0x41).unwrap();
-        assert!(taken(&log).is_empty());
-        assert_eq!(get(&ioapic, low(9)), LEVEL_0X41 | 0x1_0000, "ended");
-        set(&ioapic, low(9), LEVEL_0X41);
-        assert_eq!(taken(&log), [message(0xc041)], "unmasked with its line asserted");
-    }
-
-    #[test]
-    fn the_route_is_committed_before_the_message_is_sent() {
-        let (ioapic, log) = ioapic(MsiStatus::Delivered);
-        ioapic.set_line(5, true).unwrap();
-        set(&ioapic, low(5), 0x8052);
-        let told = taken(&log);
-        assert!(matches!(told[..], [Told::Table(_), Told::Message(_)]), "{told:?}");
-        set(&ioapic, low(5) + 1, 0x0100_0000);
-        assert!(matches!(taken(&log)[..], [Told::Table(_)]), "in service: not sent again");
-    }
-
-    #[test]
-    fn without_a_target_the_pin_stays_ready() {
-        let (ioapic, log) = ioapic(MsiStatus::NoTarget);
-        set(&ioapic, low(9), LEVEL_0X41);
-        ioapic.set_line(9, true).unwrap();
-        assert_eq!(get(&ioapic, low(9)), LEVEL_0X41, "nobody accepted it");
-        taken(&log);
-        set(&ioapic, low(9) + 1, 0x0100_0000);
-        assert_eq!(taken(&log).len(), 2, "tried again at its new destination");
-    }
-
-    #[test]
-    fn a_refused_route_leaves_the_entry_as_it_was() {
-        let mut vm = MockVm::new();
-        vm.expect_drop().return_const(());
-        let refused = Error::new(Ioctl::SetGsiRouting, Errno::ENOMEM);
-        vm.expect_set_gsi_routing().returning(move |_| Err(refused));
-        let ioapic = Ioapic::new(split(vm)).unwrap();
-        ioapic.write(register::SELECT, &[low(3)]).unwrap();
-        let error = ioapic.write(register::WINDOW, &[0x41, 0x80, 0, 0]).unwrap_err();
-        assert_eq!(error, RouterError::Kvm(refused));
-        assert_eq!(get(&ioapic, low(3)), 0x1_0000);
-    }
-
-    #[test]
-    fn not_beside_the_one_in_the_kernel_and_not_beyond_its_pins() {
-        let mut vm = MockVm::new();
-        vm.expect_drop().return_const(());
-        vm.expect_set_gsi_routing().returning(|_| Ok(()));
-        let pins = LegacyPins::Kernel;
-        let config = RouterConfig { gsi_count: 4096, pins, inject_status: true };
-        let router = IrqRouter::new(Arc::new(vm), config).unwrap();
-        assert_eq!(Ioapic::new(router).unwrap_err(), RouterError::PinsInKernel);
-        let (ioapic, _) = ioapic(MsiStatus::Delivered);
-        let error = ioapic.set_line(24, true).unwrap_err();
-        assert_eq!(error.to_string(), "pin 24 of irqchip 2 does not exist");
-    }
-}
+mod tests;
