@@ -122,6 +122,28 @@ pub enum Call {
     Kick,
 }
 
+impl Call {
+    /// The name in the KVM API documentation or of the manual page, such as `"KVM_RUN"` or
+    /// `"mmap"`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Call::Ioctl(ioctl) => ioctl.name(),
+            Call::Open => "open",
+            Call::Mmap => "mmap",
+            Call::Eventfd => "eventfd",
+            Call::Sigaction => "sigaction",
+            Call::Kick => "tgkill",
+        }
+    }
+
+    /// Every call the project can make: all ioctls, then the others.
+    pub fn all() -> impl Iterator<Item = Call> {
+        let others = [Call::Open, Call::Mmap, Call::Eventfd, Call::Sigaction, Call::Kick];
+        Ioctl::ALL.iter().copied().map(Call::Ioctl).chain(others)
+    }
+}
+
 impl From<Ioctl> for Call {
     fn from(ioctl: Ioctl) -> Self {
         Call::Ioctl(ioctl)
@@ -151,6 +173,13 @@ mod tests {
         let names: HashSet<_> = Ioctl::ALL.iter().map(|i| i.name()).collect();
         assert_eq!(names.len(), Ioctl::ALL.len());
         assert!(names.iter().all(|n| n.starts_with("KVM_")));
+    }
+
+    #[test]
+    fn calls_have_names_of_their_own() {
+        let names: HashSet<_> = Call::all().map(Call::name).collect();
+        assert_eq!(names.len(), Ioctl::ALL.len() + 5);
+        assert_eq!(Call::from(Ioctl::Run).name(), "KVM_RUN");
     }
 
     #[test]

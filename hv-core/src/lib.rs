@@ -21,6 +21,8 @@ mod hypervisor;
 pub mod init;
 mod ioctl;
 mod ioevent;
+#[cfg(feature = "layers")]
+pub mod layer;
 mod memory;
 #[cfg(feature = "mock")]
 pub mod mock;

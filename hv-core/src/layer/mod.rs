@@ -1,0 +1,90 @@
+//! Layers: a hypervisor over a hypervisor, to see or to change what is asked of it.
+//!
+//! A layer is an [`Interceptor`]: it is given every call, with its arguments and a closure that
+//! makes it, and decides what to do. [`Layered`] puts it over any [`Hypervisor`](crate::Hypervisor),
+//! which makes another one, so layers stack. All is static dispatch: an interceptor that just makes
+//! the call costs nothing, and no layer makes the run loop allocate unless it keeps something.
+//!
+//! What an interceptor sees is [`Object`], [`Request`] and [`Answer`]; all of them can be written
+//! as JSON without anything that differs between two runs of the same program.
+//!
+//! ```
+//! # #[cfg(feature = "mock")] {
+//! use hv_core::layer::{Answer, Interceptor, Layered, Object, Request};
+//! use hv_core::{Errno, Error, Hypervisor, Vm};
+//!
+//! /// A host whose KVM creates no more VMs.
+//! #[derive(Clone)]
+//! struct NoVms;
+//!
+//! impl Interceptor for NoVms {
+//!     fn call<T: Answer>(
+//!         &self,
+//!         _: Object,
+//!         request: Request<'_>,
+//!         real: impl FnOnce() -> Result<T, Error>,
+//!     ) -> Result<T, Error> {
+//!         match request {
+//!             Request::CreateVm { .. } => Err(Error::new(request.call(), Errno::EBUSY)),
+//!             _ => real(),
+//!         }
+//!     }
+//! }
+//!
+//! let mut kvm = hv_core::mock::MockHypervisor::new();
+//! kvm.expect_api_version().return_const(Ok(12));
+//! let kvm = Layered::new(kvm, NoVms);
+//! assert_eq!(kvm.api_version(), Ok(12));
+//! assert_eq!(kvm.create_vm(0).err().map(|e| e.errno), Some(Errno::EBUSY));
+//! # }
+//! ```
+
+mod answer;
+mod json;
+mod layered;
+mod names;
+mod request;
+
+pub use answer::{Answer, DirtyLog, MsrsRead, NewVcpu, NewVm, Ran};
+pub use layered::{Layered, LayeredKick, LayeredVcpu, LayeredVm};
+pub use names::Names;
+pub use request::{Object, Request, Turn};
+
+use crate::{Error, EventFd};
+
+/// What stands between a caller and a hypervisor.
+///
+/// A clone is the same interceptor: every VM and vCPU has one. Calls come from several threads.
+pub trait Interceptor: Clone + Send + Sync {
+    /// One call on `object`. `real` makes it; an interceptor that does not call `real` answers
+    /// itself, with an error, since it can't make a `T`.
+    ///
+    /// # Errors
+    /// What `real` returned, or what the interceptor returns instead.
+    fn call<T: Answer>(
+        &self,
+        object: Object,
+        request: Request<'_>,
+        real: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<T, Error>;
+
+    /// Whether it looks at what costs something to show it: the bytes of port I/O
+    /// ([`Turn::data`], [`Ran::data`]), what `kvm_run` says about interrupts ([`Ran::interrupts`]),
+    /// and the registers asked for by [`Request::Msrs`].
+    #[inline]
+    fn wants_data(&self) -> bool {
+        false
+    }
+
+    /// The eventfd the hypervisor is to signal, instead of the caller's `event`: for an ioeventfd, or
+    /// to say that a level-triggered interrupt ended. Asked before each such call, also the one
+    /// that takes the event away, which must be given the same one again. `None`: the caller's.
+    ///
+    /// # Errors
+    /// If it can't be made; the call then fails with that error.
+    #[inline]
+    fn stand_in(&self, object: Object, event: &EventFd) -> Result<Option<EventFd>, Error> {
+        let _ = (object, event);
+        Ok(None)
+    }
+}

@@ -1,0 +1,43 @@
+//! Names for what differs from run to run: eventfds, numbered in order of appearance.
+//!
+//! A descriptor's number says nothing to a reader and is used again for something else, so what is
+//! written of a run names eventfds by this registry alone.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use crate::EventFd;
+
+/// Numbers for eventfds, in the order in which they first appear: two descriptors of one eventfd
+/// have one number.
+///
+/// ```
+/// # #[cfg(feature = "mock")] {
+/// # use hv_core::{EventFd, layer::Names};
+/// # use rustix::event::{EventfdFlags, eventfd};
+/// # use std::os::fd::AsFd;
+/// # let make = || EventFd::from(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+/// let (first, second) = (make(), make());
+/// let copy = EventFd::from(first.as_fd().try_clone_to_owned().unwrap());
+/// let names = Names::default();
+/// assert_eq!((names.event(&second), names.event(&first)), (Some(0), Some(1)));
+/// assert_eq!(names.event(&copy), Some(1));
+/// # }
+/// ```
+#[derive(Debug, Default)]
+pub struct Names {
+    /// By the kernel's number, which is never used twice.
+    events: Mutex<HashMap<u64, u32>>,
+}
+
+impl Names {
+    /// The number of an eventfd. `None` for what is no eventfd, and before Linux 5.2, which does
+    /// not say which eventfd a descriptor is.
+    #[must_use]
+    pub fn event(&self, event: &EventFd) -> Option<u32> {
+        let id = event.id()?;
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = u32::try_from(events.len()).ok()?;
+        Some(*events.entry(id).or_insert(next))
+    }
+}
