@@ -10,6 +10,8 @@
 
 mod backend;
 mod capability;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod device;
 mod errno;
 mod error;
