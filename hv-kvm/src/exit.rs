@@ -125,13 +125,14 @@ pub(crate) fn io_data(payload: &Payload) -> Option<Range<usize>> {
     Some(start..start.checked_add(len)?)
 }
 
-/// The answer `exit` waits for.
-pub(crate) fn owed(exit: &VcpuExit) -> Option<Owed> {
-    match exit {
-        VcpuExit::Mmio(MmioExit { written: None, .. }) => Some(Owed::Mmio),
-        VcpuExit::Hypercall { .. } => Some(Owed::Hypercall),
-        VcpuExit::Rdmsr { .. } => Some(Owed::Rdmsr),
-        VcpuExit::Wrmsr { .. } => Some(Owed::Wrmsr),
+/// The answer the exit with this reason and payload waits for. Not from the decoded exit: that is
+/// only made where it is returned, as it is large enough for a copy of it to show in a run loop.
+pub(crate) fn owed(reason: u32, payload: &Payload) -> Option<Owed> {
+    match reason {
+        k::KVM_EXIT_MMIO if member!(payload, mmio).is_write == 0 => Some(Owed::Mmio),
+        k::KVM_EXIT_HYPERCALL => Some(Owed::Hypercall),
+        k::KVM_EXIT_X86_RDMSR => Some(Owed::Rdmsr),
+        k::KVM_EXIT_X86_WRMSR => Some(Owed::Wrmsr),
         _ => None,
     }
 }
@@ -260,14 +261,24 @@ mod tests {
         let write = exit(k::KVM_EXIT_MMIO, |p| p.mmio = mmio);
         let written = Some(*b"abcdefgh");
         assert_eq!(write, VcpuExit::Mmio(MmioExit { address: 0xfee0_0000, len: 8, written }));
-        assert_eq!(owed(&write), None);
-
         for (len, cut) in [(4, 4), (9, 8), (256, 8), (u32::MAX, 8)] {
             let read = exit(k::KVM_EXIT_MMIO, |p| p.mmio = Mmio { len, is_write: 0, ..mmio });
             let expected = MmioExit { address: 0xfee0_0000, len: cut, written: None };
             assert_eq!(read, VcpuExit::Mmio(expected));
-            assert_eq!(owed(&read), Some(Owed::Mmio));
         }
+    }
+
+    #[test]
+    fn only_what_the_guest_reads_is_owed() {
+        let owed = |reason, is_write| {
+            let mut page = page();
+            page.fake_exit(reason, |p| p.mmio = Mmio { is_write, ..Default::default() });
+            owed(page.exit_reason(), page.payload())
+        };
+        assert_eq!(owed(k::KVM_EXIT_MMIO, 0), Some(Owed::Mmio));
+        assert_eq!(owed(k::KVM_EXIT_MMIO, 1), None);
+        assert_eq!(owed(k::KVM_EXIT_X86_RDMSR, 0), Some(Owed::Rdmsr));
+        assert_eq!(owed(k::KVM_EXIT_IO, 0), None, "port I/O is answered in its data");
     }
 
     #[test]
@@ -331,8 +342,8 @@ mod tests {
         let mut page = page();
         let mut reply = |reason, write: fn(&mut Payload), reply| {
             page.fake_exit(reason, write);
-            let exit = decode(page.exit_reason(), page.payload());
-            answer(page.payload_mut(), owed(&exit), reply);
+            let owed = owed(page.exit_reason(), page.payload());
+            answer(page.payload_mut(), owed, reply);
             *page.payload()
         };
 
@@ -367,8 +378,8 @@ mod tests {
         let mut page = page();
         let io = Io { direction: 0, size: 1, port: 0x60, count: 1, data_offset: 4096 };
         page.fake_exit(k::KVM_EXIT_IO, |p| p.io = io);
-        let exit = decode(page.exit_reason(), page.payload());
-        answer(page.payload_mut(), owed(&exit), ExitReply::Mmio([0xff; 8]));
+        let owed = owed(page.exit_reason(), page.payload());
+        answer(page.payload_mut(), owed, ExitReply::Mmio([0xff; 8]));
         answer(page.payload_mut(), None, ExitReply::Rdmsr(None));
         assert_eq!(member!(page.payload(), io), io);
     }

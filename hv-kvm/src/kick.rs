@@ -90,7 +90,8 @@ impl Kickable {
     pub(crate) fn running<R>(&self, run: impl FnOnce() -> R) -> R {
         self.running.store(THREAD.with(|thread| *thread), Ordering::SeqCst);
         let result = run();
-        self.running.store(0, Ordering::SeqCst);
+        // A kick that does not see this yet sends a signal too many, which does no harm.
+        self.running.store(0, Ordering::Release);
         result
     }
 

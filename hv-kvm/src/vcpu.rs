@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use hv_core::{Context, Errno, Error, ExitReply, InterruptState, Ioctl, Vcpu, VcpuExit};
 use kvm_bindings::{
-    KVM_EXIT_MEMORY_FAULT, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation,
-    kvm_vcpu_events, kvm_xcrs,
+    KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu,
+    kvm_guest_debug, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_translation, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -56,20 +56,20 @@ impl KvmVcpu {
 
     /// The exit the page describes.
     fn exit(&mut self) -> Result<VcpuExit, Error> {
-        let exit = exit::decode(self.page.exit_reason(), self.page.payload());
-        self.owed = exit::owed(&exit);
-        match exit {
-            VcpuExit::Io(_) => {
+        let reason = self.page.exit_reason();
+        self.owed = exit::owed(reason, self.page.payload());
+        match reason {
+            KVM_EXIT_IO => {
                 let range = exit::io_data(self.page.payload());
                 // KVM never points outside its own mapping; if it did, this exit has no data.
                 self.io_data = range
                     .filter(|range| self.page.bytes(range.clone()).is_some())
                     .ok_or_else(|| self.error(Ioctl::Run, Errno::EIO))?;
             }
-            VcpuExit::Interrupted => self.shared.consume(),
+            KVM_EXIT_INTR => self.shared.consume(),
             _ => {}
         }
-        Ok(exit)
+        Ok(exit::decode(reason, self.page.payload()))
     }
 }
 
