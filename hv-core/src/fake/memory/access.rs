@@ -21,10 +21,7 @@ pub(in crate::fake) enum Wrote {
 
 /// An access cut at the borders of pages, as KVM does it: the address of each part, and where it
 /// is in the data. None for an access that passes the last address.
-pub(in crate::fake) fn pieces(
-    guest: u64,
-    len: usize,
-) -> Option<impl Iterator<Item = (u64, Range<usize>)>> {
+pub(super) fn pieces(guest: u64, len: usize) -> Option<impl Iterator<Item = (u64, Range<usize>)>> {
     guest.checked_add(len as u64)?;
     let mut start = 0;
     Some(std::iter::from_fn(move || {
@@ -68,7 +65,6 @@ impl Memory {
     }
 
     fn write_in_page(&mut self, guest: u64, data: &[u8]) -> Wrote {
-        let to_ring = self.dirty_ring;
         let Some(slot) = self.slot_at(guest) else { return Wrote::Nothing };
         if slot.memory.flags.readonly {
             return Wrote::ReadOnly;
@@ -78,9 +74,7 @@ impl Memory {
             to.store(*from, Ordering::Relaxed);
         }
         let (id, page) = (slot.memory.id, guest / PAGE - slot.region.first_page());
-        if let (false, Some(slot)) = (to_ring, self.slots.get_mut(&id))
-            && let Some(log) = &mut slot.dirty
-        {
+        if let Some(log) = self.slots.get_mut(&id).and_then(|slot| slot.dirty.as_mut()) {
             log.mark(page);
         }
         Wrote::Memory

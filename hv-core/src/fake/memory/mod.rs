@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use crate::{Errno, HostRange, MemorySlot, SlotId};
 use dirty::DirtyLog;
 
-pub(in crate::fake) use access::{Wrote, pieces};
+pub(in crate::fake) use access::Wrote;
 
 const PAGE: u64 = 4096;
 /// Dirty bitmaps are indexed by 32-bit numbers with a sign.
@@ -44,7 +44,7 @@ pub(in crate::fake) struct Memory {
     by_page: BTreeMap<(u32, u64), SlotId>,
     /// The flags of `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` that are enabled.
     manual_protect: u64,
-    /// Pages written are reported in a ring of each vCPU, and no longer in bitmaps.
+    /// Pages written are reported in a ring of each vCPU, and bitmaps can't be asked for.
     dirty_ring: bool,
 }
 
@@ -189,7 +189,6 @@ impl Memory {
         let dirty = match (memory.flags.log_dirty, old_log) {
             (false, _) => None,
             (true, Some(log)) => Some(log),
-            (true, None) if self.dirty_ring => None,
             (true, None) => Some(DirtyLog::new(region.pages(), self.logs_begin_full())),
         };
         self.by_page.insert((space(id), region.first_page()), id);

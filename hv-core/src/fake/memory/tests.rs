@@ -3,6 +3,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use vm_memory::GuestAddress;
 
+use super::access::pieces;
 use super::*;
 use crate::{HostMemory, SlotFlags};
 
