@@ -17,6 +17,8 @@ pub enum Loss {
     OutOfRange,
     /// The pin it leads to is masked.
     Masked,
+    /// The pin it leads to is level-triggered, and the guest has not ended the interrupt before it.
+    InService,
     /// Its message names no local APIC there is.
     NoTarget,
     /// The local APICs it names don't take interrupts (disabled by software or in `APIC_BASE`).
@@ -29,6 +31,7 @@ impl fmt::Display for Loss {
             Loss::Unrouted => "the GSI has no route",
             Loss::OutOfRange => "the GSI is beyond KVM_CAP_IRQ_ROUTING",
             Loss::Masked => "the pin is masked",
+            Loss::InService => "the interrupt of its level-triggered pin has not ended",
             Loss::NoTarget => "no local APIC is its target",
             Loss::Disabled => "its target takes no interrupts",
         })

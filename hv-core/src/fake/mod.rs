@@ -2,6 +2,8 @@
 
 mod findings;
 mod io;
+mod irq;
 mod memory;
 
 pub use findings::{Finding, Leftover, Loss};
+pub use irq::{Interrupt, Kind};

@@ -1,0 +1,288 @@
+//! The eventfds bound to GSIs (`KVM_IRQFD`): which there are, and which were signalled.
+//!
+//! An epoll instance tells of signals, edge-triggered, because KVM sees the signals and not the
+//! counter: an eventfd whose counter was not 0 when it was assigned keeps it and stays quiet until
+//! the next signal.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::{Errno, EventFd, Gsi, Irqfd};
+
+const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+/// How many signals are asked for at a time.
+const BATCH: usize = 64;
+
+fn errno(errno: rustix::io::Errno) -> Errno {
+    Errno(errno.raw_os_error())
+}
+
+#[derive(Debug)]
+struct Bound {
+    irqfd: Irqfd,
+    /// What of its counter was there when it was assigned.
+    stale: u64,
+    /// Whether epoll is still to tell that it was there.
+    primed: bool,
+}
+
+/// The assigned irqfds, by the kernel's number of their eventfd.
+#[derive(Debug)]
+pub(super) struct Irqfds {
+    epoll: OwnedFd,
+    bound: BTreeMap<u64, Bound>,
+}
+
+/// What became of a request to unbind.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Deassigned {
+    /// There was no such binding.
+    Nothing,
+    /// This one is gone.
+    Irqfd(Irqfd),
+    /// And it was signalled just before.
+    Signalled(Irqfd),
+}
+
+impl Irqfds {
+    /// # Errors
+    /// Those of `epoll_create1(2)`.
+    pub(super) fn new() -> Result<Self, Errno> {
+        Ok(Self {
+            epoll: epoll::create(CreateFlags::CLOEXEC).map_err(errno)?,
+            bound: BTreeMap::new(),
+        })
+    }
+
+    /// Becomes readable when an assigned eventfd is signalled.
+    pub(super) fn epoll(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+
+    pub(super) fn list(&self) -> impl Iterator<Item = &Irqfd> {
+        self.bound.values().map(|bound| &bound.irqfd)
+    }
+
+    /// Binds an eventfd; whether it was already signalled.
+    ///
+    /// # Errors
+    /// `EINVAL` for what is no eventfd, `EBUSY` for one that is bound, those of `epoll_ctl(2)`.
+    pub(super) fn assign(&mut self, irqfd: &Irqfd) -> Result<bool, Errno> {
+        let id = irqfd.event.id().ok_or(Errno::EINVAL)?;
+        if irqfd.resample.as_ref().is_some_and(|resample| resample.id().is_none()) {
+            return Err(Errno::EINVAL);
+        }
+        if self.bound.contains_key(&id) {
+            return Err(Errno::EBUSY);
+        }
+        let flags = EventFlags::IN | EventFlags::ET;
+        epoll::add(&self.epoll, &irqfd.event, EventData::new_u64(id), flags).map_err(errno)?;
+        // A signal from here on is in this count, or makes another.
+        let stale = count(&irqfd.event);
+        let primed = stale > 0;
+        self.bound.insert(id, Bound { irqfd: irqfd.clone(), stale, primed });
+        Ok(primed)
+    }
+
+    /// Unbinds an eventfd and, as KVM does, takes what its counter has.
+    ///
+    /// # Errors
+    /// `EINVAL` for what is no eventfd.
+    pub(super) fn deassign(&mut self, event: &EventFd, gsi: Gsi) -> Result<Deassigned, Errno> {
+        let id = event.id().ok_or(Errno::EINVAL)?;
+        if self.bound.get(&id).is_none_or(|bound| bound.irqfd.gsi != gsi) {
+            return Ok(Deassigned::Nothing);
+        }
+        let Some(Bound { irqfd, stale, .. }) = self.bound.remove(&id) else {
+            return Ok(Deassigned::Nothing);
+        };
+        let _ = epoll::delete(&self.epoll, &irqfd.event);
+        let signalled = drain(&irqfd.event) > stale;
+        Ok(if signalled { Deassigned::Signalled(irqfd) } else { Deassigned::Irqfd(irqfd) })
+    }
+
+    /// The irqfds that were signalled since this was last asked; their counters are taken.
+    pub(super) fn signalled(&mut self) -> Vec<Irqfd> {
+        let mut signalled = Vec::new();
+        let mut events = Vec::with_capacity(BATCH);
+        // Whoever signals all the time is heard next time.
+        for _ in 0..=self.bound.len() / BATCH {
+            events.clear();
+            // What epoll_wait(2) can say here is EINTR: the next call asks again.
+            let Ok(_) = epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&NOW)) else {
+                break;
+            };
+            for event in &events {
+                if let Some(bound) = self.bound.get_mut(&event.data.u64()) {
+                    let primed = std::mem::take(&mut bound.primed);
+                    if primed && count(&bound.irqfd.event) == bound.stale {
+                        continue;
+                    }
+                    drain(&bound.irqfd.event);
+                    bound.stale = 0;
+                    signalled.push(bound.irqfd.clone());
+                }
+            }
+            if events.len() < BATCH {
+                break;
+            }
+        }
+        signalled
+    }
+
+    /// Whether a GSI has an irqfd with a resample eventfd.
+    pub(super) fn resamples(&self, gsi: Gsi) -> bool {
+        self.list().any(|irqfd| irqfd.gsi == gsi && irqfd.resample.is_some())
+    }
+
+    /// Signals the resample eventfds of a GSI.
+    pub(super) fn resample(&self, gsi: Gsi) {
+        for irqfd in self.list().filter(|irqfd| irqfd.gsi == gsi) {
+            if let Some(resample) = irqfd.resample.as_ref().filter(|e| ready(e, PollFlags::OUT)) {
+                resample.signal();
+            }
+        }
+    }
+}
+
+/// Whether an eventfd can be read (or written) without waiting, which is asked first because it may
+/// be a blocking one.
+fn ready(event: &EventFd, for_what: PollFlags) -> bool {
+    let mut fds = [PollFd::new(event, for_what)];
+    poll(&mut fds, Some(&NOW)).is_ok_and(|n| n > 0)
+}
+
+/// Takes the count of an eventfd.
+fn drain(event: &EventFd) -> u64 {
+    if ready(event, PollFlags::IN) { event.take().unwrap_or(0) } else { 0 }
+}
+
+/// The count of an eventfd, which stays.
+fn count(event: &EventFd) -> u64 {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", event.as_raw_fd()));
+    let info = info.unwrap_or_default();
+    let text = info.lines().find_map(|line| line.strip_prefix("eventfd-count:"));
+    text.and_then(|text| u64::from_str_radix(text.trim(), 16).ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    fn event() -> EventFd {
+        eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap().into()
+    }
+
+    fn irqfd(event: &EventFd, gsi: u32) -> Irqfd {
+        Irqfd { event: event.clone(), gsi: Gsi(gsi), resample: None }
+    }
+
+    fn gsis(signalled: &[Irqfd]) -> Vec<u32> {
+        signalled.iter().map(|irqfd| irqfd.gsi.0).collect()
+    }
+
+    #[test]
+    fn signals_are_taken_and_told_once() {
+        let (mut irqfds, a, b) = (Irqfds::new().unwrap(), event(), event());
+        assert_eq!(irqfds.assign(&irqfd(&a, 4)), Ok(false));
+        assert_eq!(irqfds.assign(&irqfd(&b, 4)), Ok(false), "two on one GSI");
+        assert!(irqfds.signalled().is_empty());
+        a.signal();
+        a.signal();
+        assert_eq!(gsis(&irqfds.signalled()), [4]);
+        assert!(irqfds.signalled().is_empty());
+        assert_eq!(a.take(), None);
+    }
+
+    #[test]
+    fn a_count_from_before_stays_until_the_next_signal() {
+        let (mut irqfds, a) = (Irqfds::new().unwrap(), event());
+        a.signal();
+        assert_eq!(irqfds.assign(&irqfd(&a, 4)), Ok(true));
+        assert!(irqfds.signalled().is_empty());
+        assert!(irqfds.signalled().is_empty());
+        assert_eq!(count(&a), 1);
+        a.signal();
+        assert_eq!(gsis(&irqfds.signalled()), [4]);
+        assert_eq!(count(&a), 0);
+    }
+
+    #[test]
+    fn a_signal_right_after_the_assignment_is_told() {
+        let (mut irqfds, a) = (Irqfds::new().unwrap(), event());
+        a.signal();
+        irqfds.assign(&irqfd(&a, 4)).unwrap();
+        a.signal();
+        assert_eq!(gsis(&irqfds.signalled()), [4]);
+    }
+
+    #[test]
+    fn one_eventfd_is_bound_once() {
+        let (mut irqfds, a) = (Irqfds::new().unwrap(), event());
+        irqfds.assign(&irqfd(&a, 4)).unwrap();
+        let copy = EventFd::from(a.as_fd().try_clone_to_owned().unwrap());
+        assert_eq!(irqfds.assign(&irqfd(&a, 4)), Err(Errno::EBUSY));
+        assert_eq!(irqfds.assign(&irqfd(&copy, 5)), Err(Errno::EBUSY));
+        assert_eq!(irqfds.deassign(&copy, Gsi(5)), Ok(Deassigned::Nothing), "wrong GSI");
+        assert_eq!(irqfds.deassign(&copy, Gsi(4)), Ok(Deassigned::Irqfd(irqfd(&a, 4))));
+        assert_eq!(irqfds.deassign(&a, Gsi(4)), Ok(Deassigned::Nothing));
+        assert_eq!(irqfds.assign(&irqfd(&copy, 5)), Ok(false));
+    }
+
+    #[test]
+    fn deassigning_takes_the_counter() {
+        let (mut irqfds, a) = (Irqfds::new().unwrap(), event());
+        irqfds.assign(&irqfd(&a, 4)).unwrap();
+        a.signal();
+        assert_eq!(irqfds.deassign(&a, Gsi(4)), Ok(Deassigned::Signalled(irqfd(&a, 4))));
+        assert_eq!(a.take(), None);
+        a.signal();
+        assert_eq!(irqfds.assign(&irqfd(&a, 4)), Ok(true), "kept while it was not assigned");
+        assert_eq!(irqfds.deassign(&a, Gsi(4)), Ok(Deassigned::Irqfd(irqfd(&a, 4))));
+        assert_eq!(a.take(), None);
+    }
+
+    #[test]
+    fn what_is_no_eventfd() {
+        let mut irqfds = Irqfds::new().unwrap();
+        let null = EventFd::from(OwnedFd::from(fs::File::open("/dev/null").unwrap()));
+        assert_eq!(irqfds.assign(&irqfd(&null, 4)), Err(Errno::EINVAL));
+        let resample = Irqfd { resample: Some(null.clone()), ..irqfd(&event(), 4) };
+        assert_eq!(irqfds.assign(&resample), Err(Errno::EINVAL));
+        assert_eq!(irqfds.deassign(&null, Gsi(4)), Err(Errno::EINVAL));
+    }
+
+    #[test]
+    fn a_blocking_eventfd_blocks_nobody() {
+        let mut irqfds = Irqfds::new().unwrap();
+        let blocking = EventFd::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+        irqfds.assign(&irqfd(&blocking, 4)).unwrap();
+        blocking.signal();
+        assert_eq!(irqfds.signalled().len(), 1);
+        irqfds.deassign(&blocking, Gsi(4)).unwrap();
+        let full = EventFd::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+        rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        let resample = Irqfd { resample: Some(full), ..irqfd(&event(), 5) };
+        irqfds.assign(&resample).unwrap();
+        irqfds.resample(Gsi(5));
+    }
+
+    #[test]
+    fn more_signals_than_are_asked_for_at_a_time() {
+        let mut irqfds = Irqfds::new().unwrap();
+        let events: Vec<_> = (0..200).map(|_| event()).collect();
+        for (gsi, event) in (0..).zip(&events) {
+            irqfds.assign(&irqfd(event, gsi)).unwrap();
+            event.signal();
+        }
+        let mut told = gsis(&irqfds.signalled());
+        told.sort_unstable();
+        assert_eq!(told, (0..200).collect::<Vec<_>>());
+    }
+}

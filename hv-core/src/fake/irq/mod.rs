@@ -1,0 +1,512 @@
+//! The interrupt half of a VM in memory: routing table, irqfds, the 8259 pair, the I/O APIC and the
+//! local APICs, as KVM wires them.
+//!
+//! It is a state machine: it takes no lock and never waits. [`Irq::settle`] comes before every
+//! request and every look, so that a signal that was made before counts before. It must not know
+//! vCPUs beyond their local APICs, nor in which order a VM may be put together.
+
+mod bus;
+mod interrupt;
+mod ioapic;
+mod irqfds;
+mod lapic;
+mod lapics;
+mod message;
+mod pic;
+mod routing;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::os::fd::BorrowedFd;
+
+use kvm_bindings::{kvm_irqchip, kvm_lapic_state};
+
+pub use interrupt::Interrupt;
+use ioapic::{Ioapic, Source};
+use irqfds::{Deassigned, Irqfds};
+use lapic::{Lapic, PAGE};
+use lapics::Lapics;
+use message::{Message, Outcome};
+use pic::{Pic, Which};
+use routing::{Rules, Table};
+
+use super::{Finding, Loss};
+use crate::{
+    Errno, EventFd, Gsi, IrqchipId, Irqfd, LineStatus, Msi, MsiStatus, Route, RouteTarget,
+};
+
+/// How many findings wait to be asked for; more of them say nothing new.
+const FINDINGS: usize = 4096;
+
+/// What the host allows.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::fake) struct IrqLimits {
+    /// The value of `KVM_CAP_IRQ_ROUTING`: the most routes, and the number of GSIs.
+    pub(in crate::fake) routes: u32,
+}
+
+/// Which interrupt controllers a VM has in the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// The 8259 pair, the I/O APIC and the local APICs (`KVM_CREATE_IRQCHIP`).
+    Full,
+    /// The local APICs alone (`KVM_CAP_SPLIT_IRQCHIP`).
+    Split,
+}
+
+/// The chips with pins.
+#[derive(Debug)]
+struct Pins {
+    pic: Pic,
+    ioapic: Ioapic,
+}
+
+/// The interrupts of a VM.
+#[derive(Debug)]
+pub(in crate::fake) struct Irq {
+    limits: IrqLimits,
+    kind: Option<Kind>,
+    /// The first GSIs that are kept for the pins of the VMM's I/O APIC, in split mode.
+    reserved: u32,
+    wide_ids: bool,
+    table: Table,
+    irqfds: Irqfds,
+    pins: Option<Pins>,
+    lapics: Lapics,
+    findings: Vec<Finding>,
+}
+
+impl Irq {
+    /// # Errors
+    /// Those of `epoll_create1(2)`.
+    pub(in crate::fake) fn new(limits: IrqLimits) -> Result<Self, Errno> {
+        Ok(Self {
+            limits,
+            kind: None,
+            reserved: 0,
+            wide_ids: false,
+            table: Table::default(),
+            irqfds: Irqfds::new()?,
+            pins: None,
+            lapics: Lapics::default(),
+            findings: Vec::new(),
+        })
+    }
+
+    /// `KVM_CREATE_IRQCHIP`: every pin has a route.
+    pub(in crate::fake) fn create_full(&mut self) {
+        self.kind = Some(Kind::Full);
+        self.table = Table::of_pins();
+        self.pins = Some(Pins { pic: Pic::new(), ioapic: Ioapic::new() });
+    }
+
+    /// `KVM_CAP_SPLIT_IRQCHIP`: no route exists, and the first `pins` GSIs are those of the VMM's I/O APIC.
+    pub(in crate::fake) fn create_split(&mut self, pins: u32) {
+        self.kind = Some(Kind::Split);
+        self.reserved = pins;
+    }
+
+    /// The most routes, and the number of GSIs.
+    pub(in crate::fake) fn route_limit(&self) -> u32 {
+        self.limits.routes
+    }
+
+    pub(in crate::fake) fn kind(&self) -> Option<Kind> {
+        self.kind
+    }
+
+    /// A vCPU with its local APIC, after reset.
+    pub(in crate::fake) fn add_vcpu(&mut self, vcpu: u32) {
+        self.lapics.add(vcpu);
+    }
+
+    /// `KVM_X2APIC_API_USE_32BIT_IDS`: messages name APIC ids of 32 bits.
+    pub(in crate::fake) fn use_wide_ids(&mut self) {
+        self.wide_ids = true;
+    }
+
+    /// What there was to find since this was last asked.
+    pub(in crate::fake) fn drain_findings(&mut self) -> Vec<Finding> {
+        std::mem::take(&mut self.findings)
+    }
+
+    fn find(&mut self, finding: Finding) {
+        if self.findings.len() < FINDINGS {
+            self.findings.push(finding);
+        }
+    }
+
+    // Routes.
+
+    /// `KVM_SET_GSI_ROUTING`.
+    pub(in crate::fake) fn set_routing(&mut self, routes: &[Route]) -> Result<(), Errno> {
+        let kind = self.kind.ok_or(Errno::EINVAL)?;
+        let rules =
+            Rules { limit: self.limits.routes, pins: kind == Kind::Full, wide_ids: self.wide_ids };
+        let table = Table::new(routes, rules)?;
+        let cut_off =
+            |gsi: &Gsi| table.targets(*gsi).is_empty() && !self.table.targets(*gsi).is_empty();
+        let cut_off: Vec<_> = self.irqfds.list().map(|irqfd| irqfd.gsi).filter(cut_off).collect();
+        self.table = table;
+        for gsi in cut_off {
+            self.find(Finding::UnroutedIrqfd { gsi });
+        }
+        Ok(())
+    }
+
+    /// The table in force.
+    pub(in crate::fake) fn routes(&self) -> &[Route] {
+        self.table.routes()
+    }
+
+    // irqfds.
+
+    /// `KVM_IRQFD`.
+    pub(in crate::fake) fn irqfd_assign(&mut self, irqfd: &Irqfd) -> Result<(), Errno> {
+        match self.kind {
+            None => return Err(Errno::EINVAL),
+            Some(Kind::Split) if irqfd.resample.is_some() => return Err(Errno::EINVAL),
+            Some(_) => {}
+        }
+        let signalled = self.irqfds.assign(irqfd)?;
+        let (gsi, limit) = (irqfd.gsi, self.limits.routes);
+        if gsi.0 >= limit {
+            self.find(Finding::GsiOutOfRange { gsi, limit });
+        } else if self.table.targets(gsi).is_empty() {
+            self.find(Finding::UnroutedIrqfd { gsi });
+        }
+        if signalled {
+            self.deliver(irqfd);
+        }
+        Ok(())
+    }
+
+    /// `KVM_IRQFD` with `KVM_IRQFD_FLAG_DEASSIGN`.
+    pub(in crate::fake) fn irqfd_deassign(
+        &mut self,
+        event: &EventFd,
+        gsi: Gsi,
+    ) -> Result<(), Errno> {
+        let gone = match self.irqfds.deassign(event, gsi)? {
+            Deassigned::Nothing => {
+                self.find(Finding::VainDeassign { gsi });
+                return Ok(());
+            }
+            Deassigned::Irqfd(irqfd) => irqfd,
+            Deassigned::Signalled(irqfd) => {
+                self.deliver(&irqfd);
+                irqfd
+            }
+        };
+        // The last resampler of a GSI takes its level with it.
+        if gone.resample.is_some() && !self.irqfds.resamples(gsi) {
+            self.drive(gsi, Source::Resample, false);
+        }
+        Ok(())
+    }
+
+    /// The assigned irqfds.
+    pub(in crate::fake) fn irqfds(&self) -> Vec<Irqfd> {
+        self.irqfds.list().cloned().collect()
+    }
+
+    /// Becomes readable when an assigned eventfd is signalled; then [`Self::settle`] is due.
+    pub(in crate::fake) fn epoll(&self) -> BorrowedFd<'_> {
+        self.irqfds.epoll()
+    }
+
+    /// Takes the signals that were made and delivers them through the table.
+    pub(in crate::fake) fn settle(&mut self) {
+        for irqfd in self.irqfds.signalled() {
+            self.deliver(&irqfd);
+        }
+    }
+
+    /// An irqfd was signalled: a pulse, or with a resample eventfd a level that stays until the
+    /// guest ends the interrupt.
+    fn deliver(&mut self, irqfd: &Irqfd) {
+        let gsi = irqfd.gsi;
+        let loss = if irqfd.resample.is_some() {
+            let loss = self.drive(gsi, Source::Resample, true).loss();
+            // A level that can't be sent now waits.
+            loss.filter(|why| !matches!(why, Loss::Masked | Loss::InService))
+        } else {
+            let outcome = self.drive(gsi, Source::Caller, true);
+            self.drive(gsi, Source::Caller, false);
+            outcome.loss()
+        };
+        if let Some(why) = loss {
+            self.find(Finding::LostEvent { gsi, why });
+        }
+    }
+
+    // Lines and messages.
+
+    /// `KVM_IRQ_LINE_STATUS`.
+    pub(in crate::fake) fn line(&mut self, gsi: Gsi, level: bool) -> Result<LineStatus, Errno> {
+        self.kind.ok_or(Errno::ENXIO)?;
+        Ok(match self.drive(gsi, Source::Caller, level).count() {
+            None => LineStatus::Ignored,
+            Some(0) => LineStatus::Coalesced,
+            Some(n) => LineStatus::Delivered(n),
+        })
+    }
+
+    /// `KVM_SIGNAL_MSI`.
+    pub(in crate::fake) fn msi(&mut self, msi: Msi) -> Result<MsiStatus, Errno> {
+        self.kind.ok_or(Errno::EINVAL)?;
+        if routing::reserved_bits(msi, self.wide_ids) {
+            return Err(Errno::EINVAL);
+        }
+        let message = Message::from_msi(msi, self.wide_ids);
+        Ok(match self.lapics.send(&message, None).count() {
+            None => MsiStatus::NoTarget,
+            Some(0) => MsiStatus::Blocked,
+            Some(_) => MsiStatus::Delivered,
+        })
+    }
+
+    /// Sets what a source holds of the line of a GSI, on all its ways.
+    fn drive(&mut self, gsi: Gsi, source: Source, level: bool) -> Outcome {
+        let ways = self.table.targets(gsi).iter().map(|&target| {
+            match (target, &mut self.pins) {
+                (RouteTarget::Msi(msi), _) if level => {
+                    self.lapics.send(&Message::from_msi(msi, self.wide_ids), None)
+                }
+                (RouteTarget::Pin { chip: IrqchipId::IOAPIC, pin }, Some(pins)) => {
+                    pins.ioapic.set(pin, source, level, &mut self.lapics)
+                }
+                (RouteTarget::Pin { chip, pin }, Some(pins)) => {
+                    let first = if chip == IrqchipId::PIC_SLAVE { 8 } else { 0 };
+                    pins.pic.set(first | pin as u8 & 7, source, level)
+                }
+                // A message has no end, and no guest here has synthetic interrupts.
+                _ => Outcome::Refused(Loss::NoTarget),
+            }
+        });
+        let nowhere = if gsi.0 < self.limits.routes { Loss::Unrouted } else { Loss::OutOfRange };
+        ways.reduce(Outcome::and).unwrap_or(Outcome::Refused(nowhere))
+    }
+
+    // What reaches a vCPU.
+
+    /// All that reached a vCPU, oldest first; a vector that was already waiting is not told twice.
+    /// What comes from the 8259 pair is told when the vCPU takes it. The newest tens of thousands
+    /// are kept.
+    pub(in crate::fake) fn log(&self, vcpu: u32) -> &[Interrupt] {
+        self.lapics.get(vcpu).map_or(&[], Lapic::log)
+    }
+
+    /// Whether a vCPU that takes interrupts has one to take.
+    pub(in crate::fake) fn pending(&self, vcpu: u32) -> bool {
+        self.lapics.get(vcpu).is_some_and(|lapic| lapic.pending() || self.pic_asks(lapic))
+    }
+
+    fn pic_asks(&self, lapic: &Lapic) -> bool {
+        lapic.takes_pic() && self.pins.as_ref().is_some_and(|pins| pins.pic.asks())
+    }
+
+    /// The vCPU takes what is pending, in the order a processor does: INIT and start-up, SMI, NMI,
+    /// the 8259 pair, then vectors by priority.
+    ///
+    /// Its handlers end a vector at once if nobody is told of the end. One whose end matters (it was
+    /// level-triggered, or a resample eventfd or the VMM's I/O APIC waits for it) stays in service,
+    /// and with it everything of the same or a lower priority class stays pending, until
+    /// [`Self::end_of_interrupt`].
+    pub(in crate::fake) fn take(&mut self, vcpu: u32) -> Vec<Interrupt> {
+        let Some(lapic) = self.lapics.get_mut(vcpu) else {
+            return Vec::new();
+        };
+        let mut taken = lapic.take_events();
+        // One per pin at most: one that ends by itself and is level-triggered would go on for ever.
+        for _ in 0..16 {
+            let Some(vector) = self.take_from_pic(vcpu) else {
+                break;
+            };
+            taken.push(Interrupt::ExtInt(vector));
+        }
+        // Every vector at most once, for the same reason.
+        for _ in 0..=u8::MAX {
+            let Some(lapic) = self.lapics.get_mut(vcpu) else {
+                break;
+            };
+            let Some(vector) = lapic.deliverable() else {
+                break;
+            };
+            lapic.begin(vector);
+            taken.push(Interrupt::Fixed(vector));
+            if !lapic.level(vector) && !self.end_is_heard(vcpu, vector) {
+                if let Some(lapic) = self.lapics.get_mut(vcpu) {
+                    lapic.end(vector);
+                }
+            }
+        }
+        taken
+    }
+
+    /// The INIT and start-up messages a vCPU has, which act on it whether it runs or not.
+    pub(in crate::fake) fn take_starts(&mut self, vcpu: u32) -> Vec<Interrupt> {
+        self.lapics.get_mut(vcpu).map(Lapic::take_starts).unwrap_or_default()
+    }
+
+    fn take_from_pic(&mut self, vcpu: u32) -> Option<u8> {
+        let lapic = self.lapics.get(vcpu)?;
+        if !self.pic_asks(lapic) {
+            return None;
+        }
+        let vector = self.pins.as_mut()?.pic.acknowledge();
+        self.lapics.get_mut(vcpu)?.took_pic(vector);
+        self.pic_ended();
+        Some(vector)
+    }
+
+    /// The guest ends a vector that is in service, at the local APIC or else at the 8259 pair; any
+    /// other is no harm. In split mode: the vector with which `KVM_EXIT_IOAPIC_EOI` is due.
+    pub(in crate::fake) fn end_of_interrupt(&mut self, vcpu: u32, vector: u8) -> Option<u8> {
+        if self.lapics.get_mut(vcpu).is_some_and(|lapic| lapic.end(vector)) {
+            return self.ended(vcpu, vector);
+        }
+        if self.pins.as_mut().is_some_and(|pins| pins.pic.end(vector)) {
+            self.pic_ended();
+        }
+        None
+    }
+
+    // The end of interrupts.
+
+    /// The vector with which `KVM_EXIT_IOAPIC_EOI` is due, after a store of this vCPU to its local
+    /// APIC.
+    pub(in crate::fake) fn take_ioapic_eoi(&mut self, vcpu: u32) -> Option<u8> {
+        self.lapics.get_mut(vcpu)?.exit_with.take()
+    }
+
+    /// Whether the end of a vector on this vCPU is anyone's business.
+    fn end_is_heard(&self, vcpu: u32, vector: u8) -> bool {
+        match self.kind {
+            None => false,
+            Some(Kind::Full) => !self.pins_that_hear(vcpu, vector).is_empty(),
+            Some(Kind::Split) => self.exits_with(vcpu, vector),
+        }
+    }
+
+    /// The pins of the I/O APIC that hear of the end: those with this vector and destination that
+    /// are level-triggered or have a resampler.
+    fn pins_that_hear(&self, vcpu: u32, vector: u8) -> Vec<u32> {
+        let (Some(pins), Some(lapic)) = (&self.pins, self.lapics.get(vcpu)) else {
+            return Vec::new();
+        };
+        let mut heard = pins.ioapic.pins_of(vector);
+        heard.retain(|&pin| {
+            let message = pins.ioapic.message(pin);
+            let gsi = self.table.gsi_of(IrqchipId::IOAPIC, pin);
+            (message.level || gsi.is_some_and(|gsi| self.irqfds.resamples(gsi)))
+                && (lapics::meant(lapic, message.destination, None) || lapic.level(vector))
+        });
+        heard
+    }
+
+    /// Whether the VMM's I/O APIC hears of the end: a level-triggered route of one of its GSIs has
+    /// this vector and destination.
+    fn exits_with(&self, vcpu: u32, vector: u8) -> bool {
+        let Some(lapic) = self.lapics.get(vcpu) else {
+            return false;
+        };
+        self.table.routes().iter().filter(|route| route.gsi.0 < self.reserved).any(|route| {
+            let RouteTarget::Msi(msi) = route.target else {
+                return false;
+            };
+            let message = Message::from_msi(msi, self.wide_ids);
+            message.level
+                && message.vector == vector
+                && (lapics::meant(lapic, message.destination, None) || lapic.level(vector))
+        })
+    }
+
+    /// A vector is no longer in service at a local APIC.
+    fn ended(&mut self, vcpu: u32, vector: u8) -> Option<u8> {
+        if self.kind == Some(Kind::Split) {
+            return self.exits_with(vcpu, vector).then_some(vector);
+        }
+        let was_level = self.lapics.get(vcpu).is_some_and(|lapic| lapic.level(vector));
+        for pin in self.pins_that_hear(vcpu, vector) {
+            self.acknowledged(IrqchipId::IOAPIC, pin);
+            if let Some(pins) = &mut self.pins {
+                pins.ioapic.end(pin, was_level, &mut self.lapics);
+            }
+        }
+        None
+    }
+
+    fn pic_ended(&mut self) {
+        let Some(pins) = &mut self.pins else {
+            return;
+        };
+        for pin in pins.pic.take_ended() {
+            match pin {
+                0..8 => self.acknowledged(IrqchipId::PIC_MASTER, pin.into()),
+                _ => self.acknowledged(IrqchipId::PIC_SLAVE, u32::from(pin) - 8),
+            }
+        }
+    }
+
+    /// The guest has ended the interrupt of a pin: its resamplers let go of the line and their
+    /// eventfds are signalled.
+    fn acknowledged(&mut self, chip: IrqchipId, pin: u32) {
+        if let Some(gsi) = self.table.gsi_of(chip, pin).filter(|&gsi| self.irqfds.resamples(gsi)) {
+            self.drive(gsi, Source::Resample, false);
+            self.irqfds.resample(gsi);
+        }
+    }
+
+    // State.
+
+    /// `KVM_GET_IRQCHIP`.
+    pub(in crate::fake) fn chip(&self, chip: u32) -> Result<kvm_irqchip, Errno> {
+        let pins = self.pins.as_ref().ok_or(Errno::ENXIO)?;
+        match IrqchipId(chip) {
+            id @ IrqchipId::PIC_MASTER => {
+                Ok(state::from_pic(id, pins.pic.registers(Which::Master)))
+            }
+            id @ IrqchipId::PIC_SLAVE => Ok(state::from_pic(id, pins.pic.registers(Which::Slave))),
+            IrqchipId::IOAPIC => Ok(state::from_ioapic(pins.ioapic.registers())),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+
+    /// `KVM_SET_IRQCHIP`.
+    pub(in crate::fake) fn set_chip(&mut self, chip: &kvm_irqchip) -> Result<(), Errno> {
+        let pins = self.pins.as_mut().ok_or(Errno::ENXIO)?;
+        let which = match IrqchipId(chip.chip_id) {
+            IrqchipId::PIC_MASTER => Which::Master,
+            IrqchipId::PIC_SLAVE => Which::Slave,
+            IrqchipId::IOAPIC => {
+                let registers = state::to_ioapic(chip).ok_or(Errno::EINVAL)?;
+                pins.ioapic.set_registers(registers, &mut self.lapics);
+                return Ok(());
+            }
+            _ => return Err(Errno::EINVAL),
+        };
+        pins.pic.set_registers(which, state::to_pic(chip).ok_or(Errno::EINVAL)?);
+        Ok(())
+    }
+
+    /// `KVM_GET_LAPIC`.
+    pub(in crate::fake) fn lapic_page(&self, vcpu: u32) -> Result<kvm_lapic_state, Errno> {
+        self.kind.ok_or(Errno::EINVAL)?;
+        let lapic = self.lapics.get(vcpu).ok_or(Errno::EINVAL)?;
+        Ok(kvm_lapic_state { regs: lapic.page().map(|byte| byte as i8) })
+    }
+
+    /// `KVM_SET_LAPIC`.
+    pub(in crate::fake) fn set_lapic_page(
+        &mut self,
+        vcpu: u32,
+        state: &kvm_lapic_state,
+    ) -> Result<(), Errno> {
+        self.kind.ok_or(Errno::EINVAL)?;
+        let page: [u8; PAGE] = state.regs.map(|byte| byte as u8);
+        self.lapics.get_mut(vcpu).ok_or(Errno::EINVAL)?.set_page(page);
+        Ok(())
+    }
+}
