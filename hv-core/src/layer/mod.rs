@@ -44,6 +44,8 @@ mod json;
 mod layered;
 mod names;
 mod request;
+#[cfg(test)]
+mod round_trip;
 
 pub use answer::{Answer, DirtyLog, MsrsRead, NewVcpu, NewVm, Ran};
 pub use layered::{Layered, LayeredKick, LayeredVcpu, LayeredVm};
@@ -86,5 +88,13 @@ pub trait Interceptor: Clone + Send + Sync {
     fn stand_in(&self, object: Object, event: &EventFd) -> Result<Option<EventFd>, Error> {
         let _ = (object, event);
         Ok(None)
+    }
+
+    /// The clone of it for a VM that was just created and all that belongs to that: when the last
+    /// of them is dropped, so is the VM.
+    #[inline]
+    fn of_vm(&self, vm: u32) -> Self {
+        let _ = vm;
+        self.clone()
     }
 }
