@@ -1,9 +1,9 @@
 //! The order of devices on a bus, and how KVM finds those at an address.
 //!
-//! The devices are in an order that is total only if none contains another, and found by halving. So
-//! a device inside another hides it from some writes: with a zone at 0x1000 of 0x100 bytes and an
-//! ioeventfd at 0x1010, the zone gets the write to 0x1010, and nobody that to 0x1020. Measured on
-//! Linux 6.18; a library that nests devices has to see it here too.
+//! The devices are in an order that is total only if none contains another, and found by halving.
+//! So a device inside another hides it from some writes: with a zone at 0x1000 of 0x100 bytes and
+//! then an ioeventfd at 0x1010, the zone gets the write to 0x1010, and nobody that to 0x1020.
+//! Measured on Linux 6.18; a library that nests devices has to see it here too.
 
 use std::cmp::Ordering;
 

@@ -1,7 +1,7 @@
 //! Coalesced zones (`KVM_REGISTER_COALESCED_MMIO`) and the ring they fill.
 //!
-//! The ring is a page of the VM; a VMM empties it before it handles an exit. A ring that nobody empties
-//! fills, and then writes end the run as if there were no zone.
+//! The ring is a page of the VM; a VMM empties it before it handles an exit. A ring that nobody
+//! empties fills, and then writes end the run as if there were no zone.
 
 use std::collections::VecDeque;
 

@@ -157,8 +157,8 @@ impl Memory {
     /// Whether a slot may be where none was before. An overlap is found first.
     fn check_place(&self, id: SlotId, region: &Region) -> Result<(), Errno> {
         let space = space(id);
-        // None overlaps another, so of those that begin before the end of this one only the last can
-        // reach into it; the slot itself is about to leave its place.
+        // None overlaps another, so of those that begin before the end of this one only the last
+        // can reach into it. The slot itself is about to leave its place.
         let neighbour = self
             .by_page
             .range((space, 0)..(space, region.end_page()))
