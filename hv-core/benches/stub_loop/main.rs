@@ -1,11 +1,12 @@
-//! A run loop over a vCPU that is not there, for counting instructions: once through
-//! [`hv_core::Vcpu`], once by calling the stub's own functions. What the traits add must be nothing.
+//! A run loop over a vCPU that is not there, for counting instructions: by calling the stub's own
+//! functions (`direct`), through [`hv_core::Vcpu`] (`traits`), and through a layer that does nothing
+//! (`layer`). What the traits add must be nothing.
 //!
 //! ```text
 //! valgrind --tool=callgrind stub_loop traits 100000
 //! ```
 //!
-//! Both loops are the same text. `cargo xtask bench traits` runs each with two numbers of exits, so
+//! All loops are the same text. `cargo xtask bench traits` runs each with two numbers of exits, so
 //! that what the process does besides drops out, and compares.
 
 mod stub;
@@ -13,9 +14,10 @@ mod stub;
 use std::hint::black_box;
 use std::process::ExitCode;
 
-use hv_core::{ExitReply, IoDirection, IoExit, MmioExit, Vcpu, VcpuExit};
+use hv_core::layer::{Answer, Interceptor, Layered, Object, Request};
+use hv_core::{Error, ExitReply, Hypervisor, IoDirection, IoExit, MmioExit, Vcpu, VcpuExit, Vm};
 
-use crate::stub::StubVcpu;
+use crate::stub::{StubHypervisor, StubVcpu};
 
 /// What a loop has seen: it depends on everything it was told, so that nothing can be left out.
 #[derive(Debug, PartialEq)]
@@ -70,24 +72,49 @@ fn traits<V: Vcpu>(vcpu: &mut V, exits: u64) -> Seen {
     drive!(vcpu, exits)
 }
 
-fn main() -> ExitCode {
+/// A layer that does nothing.
+#[derive(Clone)]
+struct Nothing;
+
+impl Interceptor for Nothing {
+    fn call<T: Answer>(
+        &self,
+        _: Object,
+        _: Request<'_>,
+        real: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        real()
+    }
+}
+
+fn main() -> Result<ExitCode, Error> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let (name, exits) = match arguments.as_slice() {
         [name, exits] => (*name, exits.parse().ok()),
         _ => ("", None),
     };
-    let mut vcpu = black_box(StubVcpu::new());
-    let seen = match (name, exits) {
-        ("direct", Some(exits)) => direct(&mut vcpu, exits),
-        ("traits", Some(exits)) => traits(&mut vcpu, exits),
+    // The stub's last answer is read too, or it need not keep it.
+    let (seen, replied) = match (name, exits) {
+        ("direct", Some(exits)) => {
+            let mut vcpu = black_box(StubVcpu::new());
+            (direct(&mut vcpu, exits), vcpu.replied())
+        }
+        ("traits", Some(exits)) => {
+            let mut vcpu = black_box(StubVcpu::new());
+            (traits(&mut vcpu, exits), vcpu.replied())
+        }
+        ("layer", Some(exits)) => {
+            let vm = Layered::new(StubHypervisor, Nothing).create_vm(0)?;
+            let mut vcpu = black_box(vm.create_vcpu(0)?);
+            (traits(&mut vcpu, exits), vcpu.inner().replied())
+        }
         _ => {
             // Also what `cargo bench` gets: there is nothing to time here.
-            eprintln!("stub_loop (direct | traits) EXITS: run it under callgrind");
-            return ExitCode::SUCCESS;
+            eprintln!("stub_loop (direct | traits | layer) EXITS: run it under callgrind");
+            return Ok(ExitCode::SUCCESS);
         }
     };
-    // The last answer is read too, or the stub need not keep it.
-    println!("{name}: {seen:?}, {:?}", vcpu.replied());
-    ExitCode::SUCCESS
+    println!("{name}: {seen:?}, {replied:?}");
+    Ok(ExitCode::SUCCESS)
 }

@@ -1,15 +1,18 @@
-//! A vCPU that goes round a list of exits. What a run loop uses are functions of its own, and the
-//! trait calls them; the rest is refused.
+//! A vCPU that goes round a list of exits, and a VM and a hypervisor for it. What a run loop uses are
+//! functions of the vCPU's own, and the trait calls them; the rest is refused.
 
 use std::hint::black_box;
 
 use hv_core::{
-    Errno, Error, ExitReply, InterruptState, IoDirection, IoExit, Ioctl, MmioExit, Vcpu, VcpuExit,
-    VcpuKick,
+    Capability, CoalescedZone, Errno, Error, EventFd, ExitReply, Gsi, Hypervisor, InterruptState,
+    IoDirection, IoEvent, IoEventBackend, IoExit, Ioctl, IrqBackend, Irqfd, LineStatus,
+    MemoryBackend, MemorySlot, MmioExit, Msi, MsiStatus, MsrIndexList, Route, SlotId, Vcpu,
+    VcpuExit, VcpuKick, Vm,
 };
 use kvm_bindings::{
-    kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation, kvm_vcpu_events, kvm_xcrs,
+    kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_irqchip,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_config, kvm_pit_state2, kvm_regs,
+    kvm_sregs, kvm_translation, kvm_vcpu_events, kvm_xcrs,
 };
 
 /// Goes round a list of exits.
@@ -81,12 +84,33 @@ impl VcpuKick for StubKick {
 
 /// Methods that the stub refuses.
 macro_rules! refused {
-    ($($ioctl:ident: fn $name:ident(&self $(, $argument:ident: $type:ty)*) -> $answer:ty;)*) => {
-        $(fn $name(&self $(, $argument: $type)*) -> Result<$answer, Error> {
-            $(let _ = $argument;)*
-            Err(Error::new(Ioctl::$ioctl, Errno::ENOTTY))
-        })*
+    ($(fn $name:ident($($type:ty),*) -> $answer:ty;)*) => {
+        $(refused!(@ $name [$($type),*] -> $answer);)*
     };
+    (@ $name:ident [] -> $answer:ty) => {
+        fn $name(&self) -> Result<$answer, Error> {
+            refuse()
+        }
+    };
+    (@ $name:ident [$a:ty] -> $answer:ty) => {
+        fn $name(&self, _: $a) -> Result<$answer, Error> {
+            refuse()
+        }
+    };
+    (@ $name:ident [$a:ty, $b:ty] -> $answer:ty) => {
+        fn $name(&self, _: $a, _: $b) -> Result<$answer, Error> {
+            refuse()
+        }
+    };
+    (@ $name:ident [$a:ty, $b:ty, $c:ty, $d:ty] -> $answer:ty) => {
+        fn $name(&self, _: $a, _: $b, _: $c, _: $d) -> Result<$answer, Error> {
+            refuse()
+        }
+    };
+}
+
+fn refuse<T>() -> Result<T, Error> {
+    Err(Error::new(Ioctl::Run, Errno::ENOTTY))
 }
 
 impl Vcpu for StubVcpu {
@@ -119,30 +143,107 @@ impl Vcpu for StubVcpu {
     fn request_interrupt_window(&mut self, _wanted: bool) {}
 
     refused! {
-        Interrupt: fn interrupt(&self, vector: u8) -> ();
-        Nmi: fn nmi(&self) -> ();
-        GetRegs: fn regs(&self) -> kvm_regs;
-        SetRegs: fn set_regs(&self, regs: &kvm_regs) -> ();
-        GetSregs: fn sregs(&self) -> kvm_sregs;
-        SetSregs: fn set_sregs(&self, sregs: &kvm_sregs) -> ();
-        GetFpu: fn fpu(&self) -> kvm_fpu;
-        SetFpu: fn set_fpu(&self, fpu: &kvm_fpu) -> ();
-        GetXcrs: fn xcrs(&self) -> kvm_xcrs;
-        SetXcrs: fn set_xcrs(&self, xcrs: &kvm_xcrs) -> ();
-        GetDebugregs: fn debugregs(&self) -> kvm_debugregs;
-        SetDebugregs: fn set_debugregs(&self, debugregs: &kvm_debugregs) -> ();
-        GetMpState: fn mp_state(&self) -> kvm_mp_state;
-        SetMpState: fn set_mp_state(&self, state: kvm_mp_state) -> ();
-        GetVcpuEvents: fn vcpu_events(&self) -> kvm_vcpu_events;
-        SetVcpuEvents: fn set_vcpu_events(&self, events: &kvm_vcpu_events) -> ();
-        GetLapic: fn lapic(&self) -> kvm_lapic_state;
-        SetLapic: fn set_lapic(&self, lapic: &kvm_lapic_state) -> ();
-        GetMsrs: fn msrs(&self, entries: &mut [kvm_msr_entry]) -> usize;
-        SetMsrs: fn set_msrs(&self, entries: &[kvm_msr_entry]) -> usize;
-        GetCpuid2: fn cpuid(&self) -> Vec<kvm_cpuid_entry2>;
-        SetCpuid2: fn set_cpuid(&self, entries: &[kvm_cpuid_entry2]) -> ();
-        Translate: fn translate(&self, linear_address: u64) -> kvm_translation;
-        SetGuestDebug: fn set_guest_debug(&self, debug: &kvm_guest_debug) -> ();
-        GetTscKhz: fn tsc_khz(&self) -> u32;
+        fn interrupt(u8) -> ();
+        fn nmi() -> ();
+        fn regs() -> kvm_regs;
+        fn set_regs(&kvm_regs) -> ();
+        fn sregs() -> kvm_sregs;
+        fn set_sregs(&kvm_sregs) -> ();
+        fn fpu() -> kvm_fpu;
+        fn set_fpu(&kvm_fpu) -> ();
+        fn xcrs() -> kvm_xcrs;
+        fn set_xcrs(&kvm_xcrs) -> ();
+        fn debugregs() -> kvm_debugregs;
+        fn set_debugregs(&kvm_debugregs) -> ();
+        fn mp_state() -> kvm_mp_state;
+        fn set_mp_state(kvm_mp_state) -> ();
+        fn vcpu_events() -> kvm_vcpu_events;
+        fn set_vcpu_events(&kvm_vcpu_events) -> ();
+        fn lapic() -> kvm_lapic_state;
+        fn set_lapic(&kvm_lapic_state) -> ();
+        fn msrs(&mut [kvm_msr_entry]) -> usize;
+        fn set_msrs(&[kvm_msr_entry]) -> usize;
+        fn cpuid() -> Vec<kvm_cpuid_entry2>;
+        fn set_cpuid(&[kvm_cpuid_entry2]) -> ();
+        fn translate(u64) -> kvm_translation;
+        fn set_guest_debug(&kvm_guest_debug) -> ();
+        fn tsc_khz() -> u32;
+    }
+}
+
+/// Gives out [`StubVm`]s.
+pub(crate) struct StubHypervisor;
+
+impl Hypervisor for StubHypervisor {
+    type Vm = StubVm;
+
+    fn create_vm(&self, _vm_type: u64) -> Result<StubVm, Error> {
+        Ok(StubVm)
+    }
+
+    refused! {
+        fn api_version() -> i32;
+        fn check_extension(Capability) -> i32;
+        fn vcpu_mmap_size() -> usize;
+        fn msr_index_list(usize) -> MsrIndexList;
+        fn supported_cpuid() -> Vec<kvm_cpuid_entry2>;
+        fn eventfd() -> EventFd;
+        fn install_kick() -> ();
+    }
+}
+
+/// Gives out [`StubVcpu`]s.
+pub(crate) struct StubVm;
+
+impl Vm for StubVm {
+    type Vcpu = StubVcpu;
+
+    fn create_vcpu(&self, _id: u32) -> Result<StubVcpu, Error> {
+        Ok(StubVcpu::new())
+    }
+
+    refused! {
+        fn check_extension(Capability) -> i32;
+        fn enable_cap(Capability, [u64; 4]) -> ();
+        fn set_identity_map_addr(u64) -> ();
+        fn set_tss_addr(u64) -> ();
+        fn set_nr_mmu_pages(u64) -> ();
+        fn create_irqchip() -> ();
+        fn irqchip(u32) -> kvm_irqchip;
+        fn set_irqchip(&kvm_irqchip) -> ();
+        fn create_pit2(kvm_pit_config) -> ();
+        fn pit2() -> kvm_pit_state2;
+        fn set_pit2(&kvm_pit_state2) -> ();
+        fn clock() -> kvm_clock_data;
+        fn set_clock(&kvm_clock_data) -> ();
+    }
+}
+
+impl IrqBackend for StubVm {
+    refused! {
+        fn set_gsi_routing(&[Route]) -> ();
+        fn irqfd_assign(&Irqfd) -> ();
+        fn irqfd_deassign(&EventFd, Gsi) -> ();
+        fn irq_line(Gsi, bool) -> ();
+        fn irq_line_status(Gsi, bool) -> LineStatus;
+        fn signal_msi(Msi) -> MsiStatus;
+    }
+}
+
+impl MemoryBackend for StubVm {
+    refused! {
+        fn set_memory_slot(&MemorySlot) -> ();
+        fn delete_memory_slot(SlotId) -> ();
+        fn dirty_log(SlotId, &mut [u64]) -> ();
+        fn clear_dirty_log(SlotId, u64, u32, &[u64]) -> ();
+        fn register_coalesced_zone(CoalescedZone) -> ();
+        fn unregister_coalesced_zone(CoalescedZone) -> ();
+    }
+}
+
+impl IoEventBackend for StubVm {
+    refused! {
+        fn ioeventfd_assign(&IoEvent) -> ();
+        fn ioeventfd_deassign(&IoEvent) -> ();
     }
 }
