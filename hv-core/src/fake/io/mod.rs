@@ -63,15 +63,24 @@ impl Io {
         Self { limits, mmio: Bus::default(), ports: Bus::default(), ring: VecDeque::new() }
     }
 
-    /// Puts the registers of a chip on a bus; `ENOSPC` if it is full.
-    pub(in crate::fake) fn plug(&mut self, address: IoAddress, len: u32) -> Result<(), Errno> {
-        self.add(address, len, Device::Chip)
+    /// Puts the registers of chips on their buses, with their bytes: all, or none and `ENOSPC` if a
+    /// bus is full.
+    pub(in crate::fake) fn plug(&mut self, registers: &[(IoAddress, u32)]) -> Result<(), Errno> {
+        let ports = registers.iter().filter(|(at, _)| matches!(at, IoAddress::Pio(_))).count();
+        let fits = |there: &Bus<Device>, more: usize| counted(there) + more <= self.limits.devices;
+        if !fits(&self.ports, ports) || !fits(&self.mmio, registers.len() - ports) {
+            return Err(Errno::ENOSPC);
+        }
+        for &(address, len) in registers {
+            self.bus(address).add(Span { start: address.value(), len }, Device::Chip);
+        }
+        Ok(())
     }
 
     /// A guest writes, at most 8 bytes, where no memory is that can be written.
     pub(in crate::fake) fn write(&mut self, address: IoAddress, data: &[u8]) -> Taken {
         // More is none of KVM's: it cuts what is longer.
-        let Some(len) = u32::try_from(data.len()).ok().filter(|len| *len <= 8) else {
+        let Some(len) = u32::try_from(data.len()).ok().filter(|len| (1..=8).contains(len)) else {
             return Taken::Nobody;
         };
         let bus = match address {
@@ -101,8 +110,7 @@ impl Io {
     fn add(&mut self, address: IoAddress, len: u32, device: Device) -> Result<(), Errno> {
         let limit = self.limits.devices;
         let bus = self.bus(address);
-        let counted = bus.devices().filter(|device| !matches!(device, Device::Event(_))).count();
-        if counted >= limit {
+        if counted(bus) >= limit {
             return Err(Errno::ENOSPC);
         }
         bus.add(Span { start: address.value(), len }, device);
@@ -119,6 +127,11 @@ impl Io {
     fn devices(&self) -> impl Iterator<Item = &Device> {
         self.mmio.devices().chain(self.ports.devices())
     }
+}
+
+/// The devices of a bus that the limit is about.
+fn counted(bus: &Bus<Device>) -> usize {
+    bus.devices().filter(|device| !matches!(device, Device::Event(_))).count()
 }
 
 #[cfg(test)]

@@ -275,14 +275,15 @@ fn a_bus_is_full_of_chips_and_zones_but_not_of_ioeventfds() {
     for n in 0..1500 {
         io.assign(&doorbell(Mmio(0x10_0000 + n * 8), 4, None, &event)).unwrap();
     }
-    io.plug(Mmio(0xfec0_0000), 0x100).unwrap();
+    io.plug(&[(Mmio(0xfec0_0000), 0x100)]).unwrap();
     for n in 0..999 {
         assert_eq!(io.register(zone(0x20_0000 + n * 8, 4)), Ok(()), "zone {n}");
     }
     let full = Err(Errno::ENOSPC);
     assert_eq!(io.register(zone(0, 4)), full);
-    assert_eq!(io.plug(Mmio(0xfed0_0000), 8), full);
+    assert_eq!(io.plug(&[(Pio(0x20), 2), (Mmio(0xfed0_0000), 8)]), full);
     assert_eq!(io.assign(&doorbell(Mmio(0), 4, None, &event)), full, "it is held up as well");
+    assert_eq!(io.write(Pio(0x20), &[1]), Taken::Nobody, "none of the chip's registers is there");
     assert_eq!(io.register(port_zone(0, 4)), Ok(()), "the other bus has room");
     io.deassign(&doorbell(Mmio(0x10_0000), 4, None, &event)).unwrap();
     assert_eq!(io.register(zone(0, 4)), full);
@@ -321,8 +322,8 @@ fn a_device_inside_another_hides_it_from_some_writes() {
 #[test]
 fn a_chip_takes_what_is_for_its_registers() {
     let mut io = io();
-    io.plug(Mmio(0xfec0_0000), 0x100).unwrap();
-    io.plug(Pio(0x20), 2).unwrap();
+    io.plug(&[(Mmio(0xfec0_0000), 0x100)]).unwrap();
+    io.plug(&[(Pio(0x20), 2)]).unwrap();
     for (address, data, taken) in [
         (Mmio(0xfec0_0010), &[1, 2, 3, 4][..], Taken::Chip),
         (Mmio(0xfec0_00ff), &[1, 2], Taken::Nobody),
