@@ -7,7 +7,7 @@
 #![allow(unsafe_code, reason = "system calls")]
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use hv_core::{Errno, Gsi, IoAddress, IoEvent, MsrIndexList, Route, SlotId};
 use kvm_bindings::{
@@ -66,6 +66,12 @@ fn owned(fd: RawFd) -> OwnedFd {
     // SAFETY: the callers below pass a descriptor that a system call has just returned to them, so
     // it is open and nobody else owns it.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// The descriptor of `vm`.
+pub(crate) fn borrowed(vm: &VmFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as `vm`, which is borrowed for as long as the result.
+    unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) }
 }
 
 /// A new close-on-exec descriptor for what the number `fd` refers to (`F_DUPFD_CLOEXEC`).

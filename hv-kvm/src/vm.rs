@@ -1,5 +1,6 @@
 //! The VM descriptor, and what must live as long as the VM does in the kernel.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex};
 
 use hv_core::{Call, Capability, Context, Error, Ioctl, Vm};
@@ -35,6 +36,14 @@ impl KvmVm {
 
     pub(crate) fn fd(&self) -> &VmFd {
         &self.inner.fd
+    }
+}
+
+impl AsFd for KvmVm {
+    /// The VM descriptor, for ioctls the traits don't have. The memory of the slots is not kept by
+    /// duplicates of it: no vCPU made through one may outlive this and its [`KvmVcpu`]s.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        raw::borrowed(self.fd())
     }
 }
 

@@ -73,8 +73,8 @@ pub enum RawRequest {
         /// `flags`.
         flags: u32,
     },
-    /// `KVM_SET_USER_MEMORY_REGION` with a host address that no process can have: bits 63 to 47
-    /// are not all equal.
+    /// `KVM_SET_USER_MEMORY_REGION` with a host address that is not canonical, so no process can
+    /// have it.
     NonCanonicalMemory {
         /// `slot`.
         slot: u32,
