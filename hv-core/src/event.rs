@@ -45,6 +45,14 @@ impl EventFd {
     }
 }
 
+#[cfg(feature = "fake")]
+impl EventFd {
+    /// Tells whether someone still holds it, without holding it.
+    pub(crate) fn downgrade(&self) -> std::sync::Weak<File> {
+        Arc::downgrade(&self.0)
+    }
+}
+
 impl From<OwnedFd> for EventFd {
     fn from(fd: OwnedFd) -> Self {
         Self(Arc::new(fd.into()))
