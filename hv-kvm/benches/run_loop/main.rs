@@ -2,9 +2,10 @@
 //!
 //! - `raw`: the ioctl `KVM_RUN` on a descriptor and a mapping of this program's own ([`raw`]),
 //! - `control`: the same with another VM, to show what the figures of this machine are worth,
-//! - `traits`: [`hv_core::Vcpu`] over hv-kvm.
+//! - `traits`: [`hv_core::Vcpu`] over hv-kvm,
+//! - `layer`: the same through a layer that does nothing.
 //!
-//! All three look at the exit, its data and interruptions alike. As a criterion benchmark each is
+//! All look at the exit, its data and interruptions alike. As a criterion benchmark each is
 //! measured on its own. With `-- --paired SERIES` they take turns in short rounds, and one line of
 //! times is printed per round: neighbours in time share what else the machine does, so the ratios
 //! of a round say more than those of averages. `cargo xtask bench traits` judges them.
@@ -20,7 +21,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
-use hv_core::{HostRange, Hypervisor, IoDirection, IoExit, Vcpu, VcpuExit, Vm};
+use hv_core::layer::{Answer, Interceptor, Layered, Object, Request};
+use hv_core::{Error, HostRange, Hypervisor, IoDirection, IoExit, Vcpu, VcpuExit, Vm};
 use kvm_bindings::kvm_regs;
 
 use crate::common::{CODE, slot, store};
@@ -99,6 +101,21 @@ impl<V: Vm> Guest for TraitGuest<V> {
     }
 }
 
+/// A layer that does nothing.
+#[derive(Clone)]
+struct Nothing;
+
+impl Interceptor for Nothing {
+    fn call<T: Answer>(
+        &self,
+        _: Object,
+        _: Request<'_>,
+        real: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        real()
+    }
+}
+
 /// A guest for each loop, by name.
 fn guests() -> Vec<(&'static str, Box<dyn Guest>)> {
     let kvm = common::kvm();
@@ -106,6 +123,7 @@ fn guests() -> Vec<(&'static str, Box<dyn Guest>)> {
         ("raw", Box::new(RawGuest::new())),
         ("control", Box::new(RawGuest::new())),
         ("traits", Box::new(TraitGuest::new(&kvm))),
+        ("layer", Box::new(TraitGuest::new(&Layered::new(common::kvm(), Nothing)))),
     ];
     for (_, guest) in &mut guests {
         // What a VM needs once, as page tables.

@@ -18,29 +18,30 @@ const LIMIT: Duration = Duration::from_secs(10 * 60);
 
 /// Runs both benchmarks.
 pub(crate) fn run() -> Result<Vec<Row>, Error> {
-    let mut rows = vec![instructions()?];
+    let mut rows = instructions()?;
     rows.extend(times()?);
     Ok(rows)
 }
 
-/// A loop over a stub, in instructions.
-fn instructions() -> Result<Row, Error> {
+/// Loops over a stub, in instructions.
+fn instructions() -> Result<Vec<Row>, Error> {
     callgrind::ensure()?;
     let program = executable("hv-core", "stub_loop", &[])?;
     let direct = callgrind::instructions_per_turn(&program, "direct")?;
     let traits = callgrind::instructions_per_turn(&program, "traits")?;
+    let layer = callgrind::instructions_per_turn(&program, "layer")?;
     anstream::println!(
-        "stub_loop: {direct:.2} instructions per exit directly, {traits:.2} through the traits"
+        "stub_loop: {direct:.2} instructions per exit directly, {traits:.2} through the traits, \
+         {layer:.2} through a layer that does nothing"
     );
-    Ok(Row {
-        what: "stub, instructions: traits / direct",
-        ratio: traits / direct,
-        spread: None,
-        target: Some(1.02),
-    })
+    let row = |what, ratio, target| Row { what, ratio, spread: None, target };
+    Ok(vec![
+        row("stub, instructions: traits / direct", traits / direct, Some(1.02)),
+        row("stub, instructions: empty layer / traits", layer / traits, None),
+    ])
 }
 
-/// A loop over KVM, in time.
+/// Loops over KVM, in time.
 fn times() -> Result<Vec<Row>, Error> {
     let program = executable("hv-kvm", "run_loop", &[KVM_TESTS])?;
     let mut criterion = Command::new(&program);
@@ -71,6 +72,7 @@ fn judge(rounds: &Rounds) -> Result<Vec<Row>, paired::Error> {
     [
         ("KVM, time: raw ioctl / the same (noise)", "control", "raw", None),
         ("KVM, time: traits / raw ioctl", "traits", "raw", Some(1.02)),
+        ("KVM, time: empty layer / traits", "layer", "traits", None),
     ]
     .into_iter()
     .map(|(what, measured, base, target)| {
@@ -87,7 +89,7 @@ mod tests {
     #[test]
     fn traits_are_judged_against_the_raw_loop() {
         let mut rounds = Rounds::default();
-        rounds.take("round: exits=64 raw=1000 control=1100 traits=1021").unwrap();
+        rounds.take("round: exits=64 raw=1000 control=1100 traits=1021 layer=9000").unwrap();
         let rows = judge(&rounds).unwrap();
         let missed: Vec<_> = rows.iter().filter(|row| row.is_missed()).map(|r| r.what).collect();
         assert_eq!(missed, ["KVM, time: traits / raw ioctl"]);
