@@ -263,10 +263,7 @@ impl Lapic {
                 self.smi = true;
                 self.note(Interrupt::Smi);
             }
-            Mode::Nmi => {
-                self.nmis = self.nmis.saturating_add(1).min(2);
-                self.note(Interrupt::Nmi);
-            }
+            Mode::Nmi => self.nmi(),
             Mode::Init => {
                 if message.level && !message.assert {
                     return false;
@@ -281,6 +278,12 @@ impl Lapic {
             Mode::ExtInt => return false,
         }
         true
+    }
+
+    /// A non-maskable interrupt.
+    pub(super) fn nmi(&mut self) {
+        self.nmis = self.nmis.saturating_add(1).min(2);
+        self.note(Interrupt::Nmi);
     }
 
     /// The 8259 pair gave this vector to the processor.

@@ -267,6 +267,13 @@ impl Irq {
         })
     }
 
+    /// `KVM_NMI`.
+    pub(in crate::fake) fn nmi(&mut self, vcpu: u32) {
+        if let Some(lapic) = self.lapics.get_mut(vcpu) {
+            lapic.nmi();
+        }
+    }
+
     /// Sets what a source holds of the line of a GSI, on all its ways.
     fn drive(&mut self, gsi: Gsi, source: Source, level: bool) -> Outcome {
         let ways = self.table.targets(gsi).iter().map(|&target| {

@@ -415,12 +415,15 @@ mod tests {
         assert!(!pic.asks());
         set(&mut pic, 10, true);
         assert_eq!(pic.acknowledge(), 0x2a, "the slave is at pin 2");
-        pic.write(0x20, 0xe4); // ends 4 and makes it the least urgent
+        pic.write(0x20, 0xe4); // ends 4 and makes it the least urgent: 5 and 6 come first
+        assert_eq!(pic.acknowledge(), 0x26);
         set(&mut pic, 4, false);
         set(&mut pic, 4, true);
+        assert!(!pic.asks());
+        pic.end(0x26);
         assert!(!pic.asks(), "2 is still in service");
         pic.end(0x2a);
-        assert_eq!(pic.acknowledge(), 0x26);
+        assert_eq!(pic.acknowledge(), 0x24);
     }
 
     #[test]
