@@ -8,56 +8,38 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use hv_core::mock::MockVm;
-use hv_core::{EventFd, IrqBackend, Msi};
-use hv_irq::{IrqRouter, LegacyPins, MsiRoute, RouterConfig, RouterError};
-
-/// What a device keeps for each of its vectors.
-struct Vector<V: IrqBackend> {
-    route: MsiRoute<V>,
-    event: EventFd,
-}
-
-/// A device is plugged: one commit, however many vectors it has.
-fn plug<V: IrqBackend>(
-    router: &IrqRouter<V>,
-    events: Vec<EventFd>,
-) -> Result<Vec<Vector<V>>, RouterError> {
-    router.batch(|batch| {
-        let mut vectors = Vec::new();
-        for (event, data) in events.into_iter().zip(0x40..) {
-            let route = batch.add_msi(Msi { address: 0xfee0_0000, data, device: None })?;
-            batch.bind(&route, event.clone())?;
-            vectors.push(Vector { route, event });
-        }
-        Ok(vectors)
-    })
-}
+use hv_core::{EventFd, Msi};
+use hv_irq::{IrqRouter, LegacyPins, MsiVectors, RouterConfig, RouterError};
 
 fn main() -> Result<(), RouterError> {
     let vm = Arc::new(printing_vm());
-    let pins = LegacyPins::Kernel;
-    let config = RouterConfig { gsi_count: 4096, pins, inject_status: true };
     println!("start:");
-    let router = IrqRouter::new(vm, config)?;
+    let router = IrqRouter::new(vm, RouterConfig::new(4096, LegacyPins::Kernel))?;
 
     println!("plug a device with three vectors:");
-    let vectors = plug(&router, (0..3).map(|_| event()).collect())?;
+    let mut vectors = MsiVectors::new(&router, (0..3).map(|_| event()));
+
+    println!("its driver enables them:");
+    let message = |data| Msi { address: 0xfee0_0000, data, device: None };
+    vectors.change(|change| {
+        change.enable();
+        for (index, data) in (0..3).zip(0x40..) {
+            change.retarget(index, message(data))?;
+            change.unmask(index)?;
+        }
+        Ok(())
+    })?;
 
     println!("the guest masks one, unmasks it on another vCPU, and nothing is lost:");
-    let [first, ..] = vectors.as_slice() else { return Ok(()) };
-    router.batch(|batch| batch.unbind(&first.route))?;
-    router.batch(|batch| {
-        batch.set_msi(&first.route, Msi { address: 0xfee0_1000, data: 0x40, device: None })?;
-        batch.bind(&first.route, first.event.clone())
-    })?;
+    vectors.mask(0)?;
+    vectors.retarget(0, Msi { address: 0xfee0_1000, data: 0x40, device: None })?;
+    vectors.unmask(0)?;
 
     println!("the guest writes what is there already:");
-    router.batch(|batch| {
-        batch.set_msi(&first.route, Msi { address: 0xfee0_1000, data: 0x40, device: None })
-    })?;
+    vectors.retarget(0, Msi { address: 0xfee0_1000, data: 0x40, device: None })?;
 
     println!("unplug:");
-    router.batch(|batch| vectors.into_iter().try_for_each(|v| batch.remove(v.route)))?;
+    drop(vectors);
     assert!(router.allocated().is_empty() && router.irqfds().is_empty());
     assert_eq!(router.routes().len(), 38);
     Ok(())

@@ -12,17 +12,17 @@ use crate::RouterError;
 use crate::router::Shared;
 use crate::state::Op;
 
-/// A message-signalled interrupt that a device owns: a GSI, its route, and maybe the eventfd that
-/// raises it.
+/// An interrupt that a device owns: a GSI, where it leads, and maybe the eventfd that raises it.
 ///
 /// Dropping it unbinds the eventfd, removes the route and frees the GSI. If KVM refuses, the router
 /// keeps the GSI and tries again with its next commit. To remove many with one ioctl use
-/// [`Batch::remove`]; once the router is gone, dropping does nothing (the VM is going, too).
-pub struct MsiRoute<V: IrqBackend> {
+/// [`Batch::remove`]; once the router is gone, dropping does nothing (the VM is going, too). The vectors
+/// of a device are easier to have as [`crate::MsiVectors`].
+pub struct GsiRoute<V: IrqBackend> {
     owned: Arc<OwnedGsi<V>>,
 }
 
-impl<V: IrqBackend> MsiRoute<V> {
+impl<V: IrqBackend> GsiRoute<V> {
     /// Its GSI.
     #[must_use]
     pub fn gsi(&self) -> Gsi {
@@ -30,9 +30,9 @@ impl<V: IrqBackend> MsiRoute<V> {
     }
 }
 
-impl<V: IrqBackend> fmt::Debug for MsiRoute<V> {
+impl<V: IrqBackend> fmt::Debug for GsiRoute<V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "MsiRoute({})", self.owned.gsi)
+        write!(f, "GsiRoute({})", self.owned.gsi)
     }
 }
 
@@ -46,7 +46,7 @@ struct OwnedGsi<V: IrqBackend> {
 impl<V: IrqBackend> Drop for OwnedGsi<V> {
     fn drop(&mut self) {
         if let Some(router) = self.router.upgrade() {
-            router.state().release(&*router.vm, self.gsi);
+            router.state().release(&*router.vm(), &[self.gsi]);
         }
     }
 }
@@ -68,20 +68,37 @@ impl<'a, V: IrqBackend> Batch<'a, V> {
     /// Takes the lowest free GSI, at once, and routes it to `msi`.
     ///
     /// # Errors
-    /// No GSI or no table entry is free; the batch is unchanged.
-    pub fn add_msi(&mut self, msi: Msi) -> Result<MsiRoute<V>, RouterError> {
-        let gsi = self.router.state().allocate()?;
+    /// Those of [`Batch::add`].
+    pub fn add_msi(&mut self, msi: Msi) -> Result<GsiRoute<V>, RouterError> {
+        self.add(RouteTarget::Msi(msi))
+    }
+
+    /// Takes the lowest free GSI, at once, and routes it to `target`.
+    ///
+    /// # Errors
+    /// No GSI or no table entry is free; the batch is unchanged. When the batch is committed: KVM would
+    /// refuse the target.
+    pub fn add(&mut self, target: RouteTarget) -> Result<GsiRoute<V>, RouterError> {
+        let gsi = self.router.state().allocate(&*self.router.vm())?;
         let owned = Arc::new(OwnedGsi { gsi, router: Arc::downgrade(self.router) });
-        self.name(&owned, [Op::Set(gsi, RouteTarget::Msi(msi))])?;
-        Ok(MsiRoute { owned })
+        self.name(&owned, [Op::Set(gsi, target)])?;
+        Ok(GsiRoute { owned })
     }
 
     /// Routes the GSI of `route` to `msi` instead. A bound eventfd stays bound.
     ///
     /// # Errors
     /// The route belongs to another router.
-    pub fn set_msi(&mut self, route: &MsiRoute<V>, msi: Msi) -> Result<(), RouterError> {
-        self.name(&route.owned, [Op::Set(route.gsi(), RouteTarget::Msi(msi))])
+    pub fn set_msi(&mut self, route: &GsiRoute<V>, msi: Msi) -> Result<(), RouterError> {
+        self.set(route, RouteTarget::Msi(msi))
+    }
+
+    /// Routes the GSI of `route` to `target` instead. A bound eventfd stays bound.
+    ///
+    /// # Errors
+    /// The route belongs to another router. When the batch is committed: KVM would refuse the target.
+    pub fn set(&mut self, route: &GsiRoute<V>, target: RouteTarget) -> Result<(), RouterError> {
+        self.name(&route.owned, [Op::Set(route.gsi(), target)])
     }
 
     /// Lets an eventfd raise the interrupt. One that is signalled already raises it at once, which
@@ -90,7 +107,7 @@ impl<'a, V: IrqBackend> Batch<'a, V> {
     /// # Errors
     /// The route belongs to another router. When the batch is committed: the eventfd is bound
     /// already, or the route is to another one.
-    pub fn bind(&mut self, route: &MsiRoute<V>, event: EventFd) -> Result<(), RouterError> {
+    pub fn bind(&mut self, route: &GsiRoute<V>, event: EventFd) -> Result<(), RouterError> {
         let irqfd = Irqfd { event, gsi: route.gsi(), resample: None };
         self.name(&route.owned, [Op::Bind(irqfd)])
     }
@@ -100,7 +117,7 @@ impl<'a, V: IrqBackend> Batch<'a, V> {
     ///
     /// # Errors
     /// The route belongs to another router.
-    pub fn unbind(&mut self, route: &MsiRoute<V>) -> Result<(), RouterError> {
+    pub fn unbind(&mut self, route: &GsiRoute<V>) -> Result<(), RouterError> {
         self.name(&route.owned, [Op::Unbind(route.gsi())])
     }
 
@@ -108,7 +125,7 @@ impl<'a, V: IrqBackend> Batch<'a, V> {
     ///
     /// # Errors
     /// The route belongs to another router; it is dropped.
-    pub fn remove(&mut self, route: MsiRoute<V>) -> Result<(), RouterError> {
+    pub fn remove(&mut self, route: GsiRoute<V>) -> Result<(), RouterError> {
         let gsi = route.gsi();
         self.name(&route.owned, [Op::Unbind(gsi), Op::Clear(gsi)])
     }
@@ -120,7 +137,7 @@ impl<'a, V: IrqBackend> Batch<'a, V> {
 
     /// Tells KVM. The routes named so far are released afterwards, if their handles are gone.
     pub(crate) fn commit(self) -> Result<(), RouterError> {
-        self.router.state().commit(&*self.router.vm, &self.ops)
+        self.router.state().commit(&*self.router.vm(), &self.ops)
     }
 
     fn name<const N: usize>(
@@ -153,7 +170,7 @@ mod tests {
     use std::os::fd::AsRawFd;
     use std::sync::Mutex;
 
-    fn add(router: &IrqRouter<MockVm>, n: u32) -> Vec<MsiRoute<MockVm>> {
+    fn add(router: &IrqRouter<MockVm>, n: u32) -> Vec<GsiRoute<MockVm>> {
         router.batch(|batch| (0..n).map(|i| batch.add_msi(msi(i))).collect()).unwrap()
     }
 
@@ -332,7 +349,7 @@ mod tests {
         let mut vm = MockVm::new();
         vm.expect_drop().return_const(());
         let pins = LegacyPins::Userspace;
-        let config = RouterConfig { gsi_count: 24, pins, inject_status: true };
+        let config = RouterConfig::new(24, pins);
         let split = IrqRouter::new(Arc::new(vm), config).unwrap();
         let error = split.batch(|batch| batch.add_msi(msi(1))).unwrap_err();
         assert_eq!(error, RouterError::Route(RouteError::TableFull { limit: 24 }));

@@ -46,6 +46,17 @@ pub enum RouterError {
     /// The GSI has no route to bind an eventfd to: the batch that was to make it failed.
     #[error("GSI {0} has no route, and its events would be lost: drop it, or route it first")]
     NotRouted(Gsi),
+    /// The group has no such vector.
+    #[error("vector {index} does not exist: the group has {count} vectors")]
+    NoSuchVector {
+        /// The vector.
+        index: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The router is gone, and with it its VM.
+    #[error("the router of this VM is gone: nothing can be routed any more")]
+    RouterGone,
     /// The route belongs to another router.
     #[error("the route of GSI {0} belongs to another VM's router")]
     ForeignRoute(Gsi),

@@ -122,7 +122,7 @@ impl<V: IrqBackend> IrqRouter<V> {
 
     /// Unbinds an eventfd whose owner is gone.
     pub(crate) fn release_irqfd(&self, event: &EventFd) {
-        self.shared.state().release_irqfd(&*self.shared.vm, event.as_raw_fd());
+        self.shared.state().release_irqfd(&*self.shared.vm(), event.as_raw_fd());
     }
 }
 
@@ -134,7 +134,7 @@ mod tests {
     use hv_core::mock::MockVm;
 
     fn router(pins: LegacyPins, vm: MockVm) -> IrqRouter<MockVm> {
-        let config = RouterConfig { gsi_count: 4096, pins, inject_status: true };
+        let config = RouterConfig::new(4096, pins);
         IrqRouter::new(Arc::new(vm), config).unwrap()
     }
 

@@ -1,7 +1,7 @@
 //! Interrupt routing for KVM: GSIs, routes and irqfds, staged, committed with one ioctl, and owned.
 //!
 //! - [`IrqRouter`] is the router of a VM. [`IrqRouter::batch`] changes routes and irqfds together,
-//!   [`MsiRoute`] and [`PinIrqfd`] own what it gives out.
+//!   [`GsiRoute`] and [`PinIrqfd`] own what it gives out.
 //! - [`GsiBitmap`] and [`RoutingTable`] are what it is made of: which GSIs are taken, and which tables
 //!   KVM accepts. [`pc_default_routes`] is where a table starts.
 //! - [`Ioapic`] has the pins of a VM whose irqchip is split.
@@ -11,6 +11,7 @@
 
 mod batch;
 mod bitmap;
+mod dynamic;
 mod error;
 mod ioapic;
 mod ledger;
@@ -22,8 +23,9 @@ mod state;
 mod table;
 #[cfg(test)]
 mod testing;
+mod vectors;
 
-pub use batch::{Batch, MsiRoute};
+pub use batch::{Batch, GsiRoute};
 pub use bitmap::{GsiBitmap, GsiError};
 pub use error::RouterError;
 pub use ioapic::Ioapic;
@@ -32,6 +34,7 @@ pub use pin::PinIrqfd;
 pub use pins::{LEGACY_GSIS, pc_default_routes};
 pub use router::{IrqRouter, LegacyPins, RouterConfig};
 pub use table::{RouteError, RoutingTable};
+pub use vectors::{MsiVectors, VectorChange};
 
 /// The code in the README is compiled with the documentation tests.
 #[cfg(doctest)]

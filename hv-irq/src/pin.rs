@@ -61,7 +61,7 @@ impl<V: IrqBackend> IrqRouter<V> {
             return Err(RouterError::NoKernelLine(irqfd.gsi));
         }
         drop(targets);
-        state.commit(&*self.shared.vm, &[Op::Bind(irqfd.clone())])
+        state.commit(&*self.shared.vm(), &[Op::Bind(irqfd.clone())])
     }
 }
 
@@ -75,7 +75,7 @@ mod tests {
     use std::os::fd::AsRawFd;
 
     fn router(pins: LegacyPins, vm: MockVm) -> IrqRouter<MockVm> {
-        let config = RouterConfig { gsi_count: 4096, pins, inject_status: true };
+        let config = RouterConfig::new(4096, pins);
         IrqRouter::new(Arc::new(vm), config).unwrap()
     }
 

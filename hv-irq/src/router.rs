@@ -5,9 +5,10 @@
 //! APIC has a lock of its own, which is taken before this one.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use hv_core::{Error, Gsi, IrqBackend, LineStatus, Msi, MsiStatus, Route};
+use hv_core::init::{Irqchip, MsiMode, Record};
+use hv_core::{Gsi, IrqBackend, LineStatus, Msi, MsiStatus, Route};
 
 use crate::pins::CASCADE;
 use crate::state::{Op, State};
@@ -23,8 +24,9 @@ pub enum LegacyPins {
     Userspace,
 }
 
-/// What a router has to know of its VM.
+/// What a router has to know of its VM; init's [`Record`] says it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RouterConfig {
     /// The value of `KVM_CAP_IRQ_ROUTING`: how many GSIs there are, and entries in the table.
     pub gsi_count: u32,
@@ -32,6 +34,36 @@ pub struct RouterConfig {
     pub pins: LegacyPins,
     /// Whether KVM says what became of a line that was set (`KVM_CAP_IRQ_INJECT_STATUS`).
     pub inject_status: bool,
+    /// How a message without a route of its own is sent.
+    pub msi: MsiMode,
+    /// Whether messages name 32-bit APIC ids (`KVM_CAP_X2APIC_API` with
+    /// `KVM_X2APIC_API_USE_32BIT_IDS`).
+    pub x2apic_format: bool,
+}
+
+impl RouterConfig {
+    /// That of a VM whose KVM has everything since Linux 3.5, without 32-bit APIC ids.
+    #[must_use]
+    pub fn new(gsi_count: u32, pins: LegacyPins) -> Self {
+        let msi = MsiMode::Direct;
+        Self { gsi_count, pins, inject_status: true, msi, x2apic_format: false }
+    }
+}
+
+impl From<&Record> for RouterConfig {
+    /// That of the VM init made. Without routing there are no GSIs, and no router
+    /// ([`RouterError::TooFewGsis`]).
+    fn from(record: &Record) -> Self {
+        let pins = match record.irqchip {
+            Irqchip::Split { .. } => LegacyPins::Userspace,
+            Irqchip::Kernel { .. } | Irqchip::Off => LegacyPins::Kernel,
+        };
+        Self {
+            inject_status: record.inject_status,
+            msi: record.msi,
+            ..Self::new(record.routing.map_or(0, |routing| routing.gsi_count), pins)
+        }
+    }
 }
 
 /// The interrupt router of a VM. Clones are the same router.
@@ -44,8 +76,7 @@ pub struct RouterConfig {
 /// let mut vm = MockVm::new();
 /// vm.expect_set_gsi_routing().times(2).returning(|_| Ok(()));
 /// # vm.expect_drop().return_const(());
-/// let config =
-///     RouterConfig { gsi_count: 4096, pins: LegacyPins::Kernel, inject_status: true };
+/// let config = RouterConfig::new(4096, LegacyPins::Kernel);
 /// let router = IrqRouter::new(Arc::new(vm), config)?; // 38 routes, one ioctl
 ///
 /// let message = |vector| Msi { address: 0xfee0_0000, data: vector, device: None };
@@ -61,9 +92,9 @@ pub struct IrqRouter<V: IrqBackend> {
 }
 
 pub(crate) struct Shared<V> {
-    pub(crate) vm: Arc<V>,
-    config: RouterConfig,
+    pub(crate) config: RouterConfig,
     state: Mutex<State>,
+    vm: RwLock<Arc<V>>,
 }
 
 impl<V> Shared<V> {
@@ -71,6 +102,11 @@ impl<V> Shared<V> {
         // Every change ends with state and kernel in agreement, or rolls back; a panic in a backend
         // is the only way to poison this, and does not make later calls worse than they are.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VM. What is done to it under the lock of the state concerns no VM before or after it.
+    pub(crate) fn vm(&self) -> Arc<V> {
+        Arc::clone(&self.vm.read().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -93,9 +129,12 @@ impl<V: IrqBackend> IrqRouter<V> {
         }
         let mut gsis = GsiBitmap::new(count);
         gsis.reserve(LEGACY_GSIS)?;
-        let mut state = State::new(gsis, RoutingTable::new(count, count, kernel), needed);
+        let table = RoutingTable::new(count, count, kernel);
+        let table = table.with_x2apic_format(config.x2apic_format);
+        let mut state = State::new(gsis, table, needed);
         state.commit(&*vm, &defaults)?;
-        Ok(Self { shared: Arc::new(Shared { vm, config, state: Mutex::new(state) }) })
+        let (state, vm) = (Mutex::new(state), RwLock::new(vm));
+        Ok(Self { shared: Arc::new(Shared { config, state, vm }) })
     }
 
     /// Changes routes and irqfds together: whatever `change` asks for is done in one commit if it
@@ -117,12 +156,26 @@ impl<V: IrqBackend> IrqRouter<V> {
         Ok(result)
     }
 
-    /// Sends a message without a route (`KVM_SIGNAL_MSI`).
+    /// Sends a message that has no route of its own, as this KVM can: as it is (`KVM_SIGNAL_MSI`), or
+    /// through a route that is made when it is sent first and kept for the next
+    /// ([`MsiMode::DynamicRoutes`]). Routes of the second kind go when GSIs are short. On a KVM that
+    /// does not say what became of a line, a message sent that way counts as delivered.
     ///
     /// # Errors
-    /// Those of the ioctl.
-    pub fn signal_msi(&self, msi: Msi) -> Result<MsiStatus, Error> {
-        self.shared.vm.signal_msi(msi)
+    /// KVM refuses the message; or all GSIs have owners and it needs one.
+    pub fn signal_msi(&self, msi: Msi) -> Result<MsiStatus, RouterError> {
+        let vm = self.shared.vm();
+        if self.shared.config.msi == MsiMode::Direct {
+            return Ok(vm.signal_msi(msi)?);
+        }
+        // Locked until the interrupt is raised: its route must not go before that.
+        let mut state = self.shared.state();
+        let gsi = state.dynamic_route(&*vm, msi)?;
+        Ok(match self.raise(&*vm, gsi, true)? {
+            Some(LineStatus::Delivered(_)) | None => MsiStatus::Delivered,
+            Some(LineStatus::Coalesced) => MsiStatus::Blocked,
+            Some(LineStatus::Ignored) => MsiStatus::NoTarget,
+        })
     }
 
     /// Sets a line of the kernel's interrupt controllers, and says what became of it if KVM does
@@ -131,12 +184,15 @@ impl<V: IrqBackend> IrqRouter<V> {
     /// # Errors
     /// The pins are in user space, or the ioctl failed.
     pub fn set_line(&self, gsi: Gsi, level: bool) -> Result<Option<LineStatus>, RouterError> {
-        let Shared { vm, config, .. } = &*self.shared;
         let is_line = LEGACY_GSIS.contains(&gsi.0) && gsi.0 != CASCADE;
-        if config.pins == LegacyPins::Userspace || !is_line {
+        if self.shared.config.pins == LegacyPins::Userspace || !is_line {
             return Err(RouterError::NoKernelLine(gsi));
         }
-        Ok(if config.inject_status {
+        self.raise(&*self.shared.vm(), gsi, level)
+    }
+
+    fn raise(&self, vm: &V, gsi: Gsi, level: bool) -> Result<Option<LineStatus>, RouterError> {
+        Ok(if self.shared.config.inject_status {
             Some(vm.irq_line_status(gsi, level)?)
         } else {
             vm.irq_line(gsi, level)?;
@@ -185,7 +241,7 @@ impl<V: IrqBackend> fmt::Debug for IrqRouter<V> {
 mod tests {
     use super::*;
     use hv_core::mock::MockVm;
-    use hv_core::{Errno, Ioctl};
+    use hv_core::{Errno, Error, Ioctl};
 
     fn vm() -> MockVm {
         let mut vm = MockVm::new();
@@ -194,7 +250,7 @@ mod tests {
     }
 
     fn config(pins: LegacyPins) -> RouterConfig {
-        RouterConfig { gsi_count: 4096, pins, inject_status: true }
+        RouterConfig::new(4096, pins)
     }
 
     #[test]
@@ -257,8 +313,8 @@ mod tests {
         vm.expect_drop().return_const(());
         vm.expect_set_gsi_routing().returning(|_| Ok(()));
         vm.expect_irq_line().withf(|gsi, _| gsi.0 == 23).once().returning(|_, _| Ok(()));
-        let config =
-            RouterConfig { gsi_count: 4096, pins: LegacyPins::Kernel, inject_status: false };
+        let mut config = config(LegacyPins::Kernel);
+        config.inject_status = false;
         let router = IrqRouter::new(Arc::new(vm), config).unwrap();
         for gsi in [2, 24, u32::MAX].map(Gsi) {
             assert_eq!(router.set_line(gsi, true), Err(RouterError::NoKernelLine(gsi)));

@@ -7,8 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsRawFd, RawFd};
 
-use hv_core::{Error, Gsi, IrqBackend, Irqfd, Route, RouteTarget};
+use hv_core::{Error, Gsi, IrqBackend, Irqfd, Msi, Route, RouteTarget};
 
+use crate::dynamic::DynamicMsis;
 use crate::ledger::Ledger;
 use crate::table::Targets;
 use crate::{GsiBitmap, RouteError, RouterError, RoutingTable};
@@ -35,6 +36,8 @@ pub(crate) struct State {
     pub(crate) gsis: GsiBitmap,
     pub(crate) table: RoutingTable,
     pub(crate) irqfds: Ledger,
+    /// Routes made for messages without one.
+    dynamic: DynamicMsis,
     /// Entries of the table that are kept for the legacy GSIs.
     legacy_entries: u32,
     /// GSIs and irqfds whose owner is gone but which KVM would not let go of. Each commit tries
@@ -56,31 +59,86 @@ impl State {
             gsis,
             table,
             irqfds: Ledger::default(),
+            dynamic: DynamicMsis::EMPTY,
             legacy_entries,
             abandoned: BTreeSet::new(),
             abandoned_irqfds: BTreeSet::new(),
         }
     }
 
-    /// Takes a GSI, and with it the table entry its route will need. This is where both limits are
-    /// checked, so that a batch can't find the table full.
-    pub(crate) fn allocate(&mut self) -> Result<Gsi, RouterError> {
-        let limit = self.gsis.count();
-        if self.legacy_entries + self.gsis.len() >= limit {
-            return Err(RouteError::TableFull { limit }.into());
-        }
+    /// Takes the lowest free GSI, and with it the table entry its route will need.
+    pub(crate) fn allocate<V: IrqBackend>(&mut self, vm: &V) -> Result<Gsi, RouterError> {
+        self.make_room(vm, 1)?;
         Ok(self.gsis.allocate()?)
     }
 
-    /// Undoes all of a GSI whose owner is gone. If KVM refuses, a later commit tries again.
-    pub(crate) fn release<V: IrqBackend>(&mut self, vm: &V, gsi: Gsi) {
-        let released = match self.commit(vm, &[Op::Unbind(gsi), Op::Clear(gsi)]) {
-            Ok(()) => self.gsis.free(gsi).is_ok(),
-            Err(_) => false,
-        };
-        if !released {
-            self.abandoned_irqfds.extend(self.irqfds.of(gsi));
-            self.abandoned.insert(gsi);
+    /// Takes `n` of them, or none.
+    pub(crate) fn allocate_many<V: IrqBackend>(
+        &mut self,
+        vm: &V,
+        n: u32,
+    ) -> Result<Vec<Gsi>, RouterError> {
+        self.make_room(vm, n)?;
+        Ok(self.gsis.allocate_many(n)?)
+    }
+
+    /// Both limits are checked here, before anything changes, so that a batch can't find the table
+    /// full. Routes made for messages go if that makes the difference.
+    fn make_room<V: IrqBackend>(&mut self, vm: &V, n: u32) -> Result<(), RouterError> {
+        let limit = self.gsis.count();
+        let room = limit.saturating_sub(self.legacy_entries + self.gsis.len());
+        if n <= room {
+            Ok(())
+        } else if n <= room + self.dynamic.len() {
+            self.flush_dynamic(vm)
+        } else {
+            Err(RouteError::TableFull { limit }.into())
+        }
+    }
+
+    /// The route of a message that has no owner; makes one if there is none.
+    pub(crate) fn dynamic_route<V: IrqBackend>(
+        &mut self,
+        vm: &V,
+        msi: Msi,
+    ) -> Result<Gsi, RouterError> {
+        if let Some(gsi) = self.dynamic.get(msi) {
+            return Ok(gsi);
+        }
+        self.table.check_message(msi)?;
+        let gsi = self.allocate(vm)?;
+        match self.commit(vm, &[Op::Set(gsi, RouteTarget::Msi(msi))]) {
+            Ok(()) => {
+                self.dynamic.insert(msi, gsi);
+                Ok(gsi)
+            }
+            Err(error) => {
+                self.release(vm, &[gsi]);
+                Err(error)
+            }
+        }
+    }
+
+    fn flush_dynamic<V: IrqBackend>(&mut self, vm: &V) -> Result<(), RouterError> {
+        let gsis: Vec<Gsi> = self.dynamic.gsis().collect();
+        let clear: Vec<Op> = gsis.iter().copied().map(Op::Clear).collect();
+        self.commit(vm, &clear)?;
+        self.dynamic = DynamicMsis::EMPTY;
+        self.release(vm, &gsis);
+        Ok(())
+    }
+
+    /// Undoes all of GSIs whose owner is gone, in one commit. If KVM refuses, a later one tries again.
+    pub(crate) fn release<V: IrqBackend>(&mut self, vm: &V, gsis: &[Gsi]) {
+        let ops: Vec<Op> = gsis.iter().flat_map(|&gsi| [Op::Unbind(gsi), Op::Clear(gsi)]).collect();
+        if self.commit(vm, &ops).is_ok() {
+            for &gsi in gsis {
+                let freed = self.gsis.free(gsi);
+                debug_assert_eq!(freed, Ok(()), "a GSI has one owner");
+            }
+        } else {
+            self.abandoned_irqfds.extend(gsis.iter().flat_map(|&gsi| self.irqfds.of(gsi)));
+            self.abandoned.extend(gsis);
         }
     }
 

@@ -3,7 +3,7 @@
 //! A route KVM would refuse is refused here, when it is inserted, so that no bad entry waits in the
 //! table to fail every later commit. It must not issue ioctls.
 
-use hv_core::{Gsi, IrqchipId, Route, RouteTarget};
+use hv_core::{Gsi, IrqchipId, Msi, Route, RouteTarget};
 use thiserror::Error;
 
 /// Why a route can't be in the table. The table is unchanged.
@@ -30,6 +30,21 @@ pub enum RouteError {
         chip: IrqchipId,
         /// The pin.
         pin: u32,
+    },
+    /// There is no such synthetic interrupt source.
+    #[error("synthetic interrupt source {sint} does not exist: a Hyper-V guest has 0 to 15")]
+    NoSuchSint {
+        /// The source.
+        sint: u32,
+    },
+    /// KVM refuses the message: with 32-bit APIC ids in messages, the low byte of the upper half of the
+    /// address must be 0.
+    #[error(
+        "message address {address:#x} is refused by KVM, which takes 32-bit APIC ids: bits 32 to 39 must be 0"
+    )]
+    IllegalMessage {
+        /// The address.
+        address: u64,
     },
     /// Pins are routed by the kernel only if the kernel has the irqchip.
     #[error("GSI {gsi} can't lead to a pin: the irqchip is split, its pins are not in the kernel")]
@@ -102,15 +117,26 @@ pub struct RoutingTable {
     gsi_count: u32,
     limit: u32,
     kernel_pins: bool,
+    x2apic_format: bool,
     len: u32,
 }
+
+/// Synthetic interrupt sources of a virtual processor (Hyper-V TLFS, "Synthetic Interrupt Sources").
+const SINTS: u32 = 16;
 
 impl RoutingTable {
     /// An empty table for GSIs below `gsi_count` with at most `limit` entries (both the value of
     /// `KVM_CAP_IRQ_ROUTING`). `kernel_pins` says whether the irqchip is wholly in the kernel.
     #[must_use]
     pub fn new(gsi_count: u32, limit: u32, kernel_pins: bool) -> Self {
-        Self { targets: Vec::new(), gsi_count, limit, kernel_pins, len: 0 }
+        Self { targets: Vec::new(), gsi_count, limit, kernel_pins, x2apic_format: false, len: 0 }
+    }
+
+    /// Says whether messages name 32-bit APIC ids (`KVM_CAP_X2APIC_API` with
+    /// `KVM_X2APIC_API_USE_32BIT_IDS`), in which case there are messages that KVM refuses.
+    #[must_use]
+    pub fn with_x2apic_format(self, x2apic_format: bool) -> Self {
+        Self { x2apic_format, ..self }
     }
 
     /// Entries.
@@ -206,20 +232,33 @@ impl RoutingTable {
         if gsi.0 >= self.gsi_count {
             return Err(RouteError::GsiOutOfRange { gsi, count: self.gsi_count });
         }
-        if let RouteTarget::Pin { chip, pin } = target {
-            if !self.kernel_pins {
-                return Err(RouteError::PinInSplitMode { gsi });
+        match target {
+            RouteTarget::Pin { .. } if !self.kernel_pins => Err(RouteError::PinInSplitMode { gsi }),
+            RouteTarget::Pin { chip, pin } if pin >= pins(chip) => {
+                Err(RouteError::NoSuchPin { chip, pin })
             }
-            let pins = match chip {
-                IrqchipId::PIC_MASTER | IrqchipId::PIC_SLAVE => 8,
-                IrqchipId::IOAPIC => 24,
-                _ => 0,
-            };
-            if pin >= pins {
-                return Err(RouteError::NoSuchPin { chip, pin });
+            RouteTarget::Msi(msi) => self.check_message(msi),
+            RouteTarget::HypervSint { sint, .. } if sint >= SINTS => {
+                Err(RouteError::NoSuchSint { sint })
             }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether KVM takes a message. It takes any, whatever a guest makes up, but for one case.
+    pub(crate) fn check_message(&self, Msi { address, .. }: Msi) -> Result<(), RouteError> {
+        if self.x2apic_format && (address >> 32) & 0xff != 0 {
+            return Err(RouteError::IllegalMessage { address });
         }
         Ok(())
+    }
+}
+
+fn pins(chip: IrqchipId) -> u32 {
+    match chip {
+        IrqchipId::PIC_MASTER | IrqchipId::PIC_SLAVE => 8,
+        IrqchipId::IOAPIC => 24,
+        _ => 0,
     }
 }
 
@@ -240,7 +279,6 @@ fn with_pin(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use hv_core::Msi;
 
     fn pin(gsi: u32, chip: IrqchipId, pin: u32) -> Route {
         Route { gsi: Gsi(gsi), target: RouteTarget::Pin { chip, pin } }
@@ -313,6 +351,31 @@ mod tests {
         let error = split.insert(pin(5, IrqchipId::IOAPIC, 5)).unwrap_err();
         assert_eq!(error, RouteError::PinInSplitMode { gsi: Gsi(5) });
         split.insert(msi(5, 1)).unwrap();
+    }
+
+    #[test]
+    fn a_synthetic_source_exists_or_not() {
+        let sint = |sint| Route { gsi: Gsi(30), target: RouteTarget::HypervSint { vcpu: 7, sint } };
+        let mut table = table();
+        assert_eq!(table.insert(sint(16)), Err(RouteError::NoSuchSint { sint: 16 }));
+        table.insert(sint(15)).unwrap();
+        assert_eq!(table.insert(msi(30, 1)), Err(RouteError::Conflict { gsi: Gsi(30) }));
+    }
+
+    #[test]
+    fn any_message_is_taken_unless_apic_ids_have_32_bits() {
+        let route = |address| {
+            let msi = Msi { address, data: u32::MAX, device: Some(u32::MAX) };
+            Route { gsi: Gsi(30), target: RouteTarget::Msi(msi) }
+        };
+        let mut x2apic = table().with_x2apic_format(true);
+        for address in [0, u64::MAX, 0xff_fee0_0000, 0x1_0000_0000, 0xdead_be00_0000_0000] {
+            table().insert(route(address)).unwrap();
+            let refused = Err(RouteError::IllegalMessage { address });
+            let legal = address & 0xff_0000_0000 == 0;
+            assert_eq!(x2apic.replace(route(address)), if legal { Ok(()) } else { refused });
+        }
+        assert_eq!(x2apic.routes(), [route(0xdead_be00_0000_0000)], "the last legal one");
     }
 
     #[test]

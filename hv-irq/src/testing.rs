@@ -17,6 +17,7 @@ pub(crate) enum Told {
     Deassign(Gsi),
     Table(usize),
     Assign(Gsi),
+    Line(Gsi),
 }
 
 pub(crate) type Log = Arc<Mutex<Vec<Told>>>;
@@ -51,7 +52,7 @@ pub(crate) fn router(
     refuse: impl Fn(Told) -> Option<Errno> + Clone + Send + 'static,
 ) -> (IrqRouter<MockVm>, Log) {
     let (vm, log) = logging_vm(refuse);
-    let config = RouterConfig { gsi_count, pins: LegacyPins::Kernel, inject_status: true };
+    let config = RouterConfig::new(gsi_count, LegacyPins::Kernel);
     let router = IrqRouter::new(Arc::new(vm), config).unwrap();
     assert_eq!(taken(&log), [Told::Table(38)], "one ioctl for the default routes");
     (router, log)

@@ -14,7 +14,7 @@ use hv_core::{
     RouteTarget,
 };
 use hv_irq::{
-    IrqRouter, LegacyPins, MsiRoute, PinIrqfd, RouterConfig, RouterError, pc_default_routes,
+    GsiRoute, IrqRouter, LegacyPins, PinIrqfd, RouterConfig, RouterError, pc_default_routes,
 };
 use proptest::prelude::*;
 
@@ -134,7 +134,7 @@ impl IrqBackend for RuleVm {
 fn router(pins: LegacyPins) -> (Arc<RuleVm>, IrqRouter<RuleVm>) {
     let vm = Arc::new(RuleVm::default());
     vm.state.lock().unwrap().split = pins == LegacyPins::Userspace;
-    let config = RouterConfig { gsi_count: 4096, pins, inject_status: true };
+    let config = RouterConfig::new(4096, pins);
     let router = IrqRouter::new(vm.clone(), config).unwrap();
     (vm, router)
 }
@@ -208,7 +208,7 @@ fn ops() -> impl Strategy<Value = Vec<(Op, Option<usize>)>> {
 /// A route as its owner knows it.
 #[derive(Clone, Debug)]
 struct Vector {
-    route: Arc<MsiRoute<RuleVm>>,
+    route: Arc<GsiRoute<RuleVm>>,
     data: u32,
     event: Option<EventFd>,
 }

@@ -6,7 +6,8 @@
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hv_core::{Error, Msi, MsiStatus};
+use hv_core::{Msi, MsiStatus};
+use hv_irq::RouterError;
 
 use super::check::{Check, Facts};
 use super::evidence::{Access, Evidence, Fault, Place, Sent};
@@ -24,7 +25,7 @@ pub trait Host: Send {
     ///
     /// # Errors
     /// Those of the ioctl.
-    fn signal_msi(&mut self, msi: Msi) -> Result<MsiStatus, Error>;
+    fn signal_msi(&mut self, msi: Msi) -> Result<MsiStatus, RouterError>;
 
     /// Writes to the eventfd of the irqfd whose route leads to [`irqfd_msi`].
     ///

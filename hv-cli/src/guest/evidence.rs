@@ -3,7 +3,8 @@
 //! Collected only; [`super::judge`] decides what it means. The guest can't make it grow without
 //! bound.
 
-use hv_core::{Error, MsiStatus};
+use hv_core::MsiStatus;
+use hv_irq::RouterError;
 
 /// Where an access went: a port or an MMIO register, by its offset in the check device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +36,7 @@ impl Access {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Sent {
     /// By `KVM_SIGNAL_MSI`.
-    Message(Result<MsiStatus, Error>),
+    Message(Result<MsiStatus, RouterError>),
     /// By a write to the eventfd of the irqfd.
     Event(Result<(), std::io::ErrorKind>),
 }

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
 use hv_core::{Errno, Error, Ioctl, Msi, MsiStatus};
+use hv_irq::RouterError;
 use proptest::prelude::*;
 
 use super::check::{Check, EVERYTHING};
@@ -19,7 +20,7 @@ use crate::machine::stop::Stopper;
 #[derive(Clone)]
 struct GoodHost {
     sent: Arc<Mutex<Vec<Msi>>>,
-    msi: Result<MsiStatus, Error>,
+    msi: Result<MsiStatus, RouterError>,
     rings: u64,
     rom_was_written: bool,
 }
@@ -32,7 +33,7 @@ impl Default for GoodHost {
 }
 
 impl Host for GoodHost {
-    fn signal_msi(&mut self, msi: Msi) -> Result<MsiStatus, Error> {
+    fn signal_msi(&mut self, msi: Msi) -> Result<MsiStatus, RouterError> {
         self.sent.lock().unwrap().push(msi);
         self.msi
     }
@@ -309,7 +310,7 @@ fn a_host_that_saw_otherwise_fails_the_check() {
         (
             "msi",
             "KVM_SIGNAL_MSI failed: EINVAL",
-            GoodHost { msi: Err(refused), ..Default::default() },
+            GoodHost { msi: Err(refused.into()), ..Default::default() },
         ),
         ("ioeventfd", "gave 0 events", GoodHost { rings: 0, ..Default::default() }),
         ("ioeventfd", "gave 4 events", GoodHost { rings: 4, ..Default::default() }),

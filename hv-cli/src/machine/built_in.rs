@@ -6,10 +6,9 @@ use std::sync::Arc;
 
 use hv_core::init::{Irqchip, Record};
 use hv_core::{
-    Errno, Error, HostRange, IoAddress, IoEvent, IrqBackend, MemorySlot, Msi, MsiStatus, SlotFlags,
-    SlotId,
+    Errno, HostRange, IoAddress, IoEvent, IrqBackend, MemorySlot, Msi, MsiStatus, SlotFlags, SlotId,
 };
-use hv_irq::{IrqRouter, MsiRoute, RouterError};
+use hv_irq::{GsiRoute, IrqRouter, RouterError};
 use hv_memory::{MapError, Mapping, page_size};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -95,11 +94,11 @@ impl From<io::Error> for PartsError {
 struct Hands<V: IrqBackend> {
     parts: Parts,
     router: IrqRouter<V>,
-    _route: MsiRoute<V>,
+    _route: GsiRoute<V>,
 }
 
 impl<V: IrqBackend + Send + Sync> Host for Hands<V> {
-    fn signal_msi(&mut self, msi: Msi) -> Result<MsiStatus, Error> {
+    fn signal_msi(&mut self, msi: Msi) -> Result<MsiStatus, RouterError> {
         self.router.signal_msi(msi)
     }
 

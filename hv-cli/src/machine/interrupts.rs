@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use hv_core::init::{Irqchip, Record};
+use hv_core::init::Record;
 use hv_core::{Call, Errno, Error, Gsi, IrqBackend};
 use hv_irq::{Ioapic, IrqRouter, LegacyPins, PinIrqfd, RouterConfig, RouterError};
 
@@ -29,17 +29,9 @@ impl<V: IrqBackend + Send + Sync + 'static> Interrupts<V> {
     /// # Errors
     /// KVM has no routing, or refuses the routes.
     pub(super) fn new(vm: Arc<V>, record: &Record) -> Result<Self, RouterError> {
-        let pins = match record.irqchip {
-            Irqchip::Split { .. } => LegacyPins::Userspace,
-            Irqchip::Kernel { .. } | Irqchip::Off => LegacyPins::Kernel,
-        };
-        let config = RouterConfig {
-            gsi_count: record.routing.map_or(0, |routing| routing.gsi_count),
-            pins,
-            inject_status: record.inject_status,
-        };
+        let config = RouterConfig::from(record);
         let router = IrqRouter::new(vm, config)?;
-        let ioapic = match pins {
+        let ioapic = match config.pins {
             LegacyPins::Userspace => Some(Arc::new(Ioapic::new(router.clone())?)),
             LegacyPins::Kernel => None,
         };
@@ -155,7 +147,7 @@ mod tests {
     }
 
     fn interrupts(vm: MockVm, pins: LegacyPins) -> Interrupts<MockVm> {
-        let config = RouterConfig { gsi_count: 4096, pins, inject_status: false };
+        let config = RouterConfig::new(4096, pins);
         let router = IrqRouter::new(Arc::new(vm), config).unwrap();
         let ioapic =
             (pins == LegacyPins::Userspace).then(|| Arc::new(Ioapic::new(router.clone()).unwrap()));

@@ -47,7 +47,7 @@ fn ioapic(status: MsiStatus) -> (Ioapic<MockVm>, Log) {
 
 fn split(vm: MockVm) -> IrqRouter<MockVm> {
     let pins = LegacyPins::Userspace;
-    let config = RouterConfig { gsi_count: 4096, pins, inject_status: true };
+    let config = RouterConfig::new(4096, pins);
     IrqRouter::new(Arc::new(vm), config).unwrap()
 }
 
@@ -208,7 +208,7 @@ fn not_beside_the_one_in_the_kernel_and_not_beyond_its_pins() {
     vm.expect_drop().return_const(());
     vm.expect_set_gsi_routing().returning(|_| Ok(()));
     let pins = LegacyPins::Kernel;
-    let config = RouterConfig { gsi_count: 4096, pins, inject_status: true };
+    let config = RouterConfig::new(4096, pins);
     let router = IrqRouter::new(Arc::new(vm), config).unwrap();
     assert_eq!(Ioapic::new(router).unwrap_err(), RouterError::PinsInKernel);
     let (ioapic, _) = ioapic(MsiStatus::Delivered);
