@@ -46,13 +46,15 @@ mod names;
 mod request;
 #[cfg(test)]
 mod round_trip;
+mod trace;
 
 pub use answer::{Answer, DirtyLog, MsrsRead, NewVcpu, NewVm, Ran};
 pub use layered::{Layered, LayeredKick, LayeredVcpu, LayeredVm};
 pub use names::Names;
 pub use request::{Object, Request, Turn};
+pub use trace::{CallCount, Trace, TraceCounts, TraceError};
 
-use crate::{Error, EventFd};
+use crate::{Error, EventFd, Hypervisor};
 
 /// What stands between a caller and a hypervisor.
 ///
@@ -69,6 +71,11 @@ pub trait Interceptor: Clone + Send + Sync {
         request: Request<'_>,
         real: impl FnOnce() -> Result<T, Error>,
     ) -> Result<T, Error>;
+
+    /// This interceptor over a hypervisor. What it does for several of them, it does together.
+    fn over<H: Hypervisor>(&self, hypervisor: H) -> Layered<H, Self> {
+        Layered::new(hypervisor, self.clone())
+    }
 
     /// Whether it looks at what costs something to show it: the bytes of port I/O
     /// ([`Turn::data`], [`Ran::data`]), what `kvm_run` says about interrupts ([`Ran::interrupts`]),
