@@ -36,6 +36,11 @@ pub enum Context {
     Address(u64),
     /// A model-specific register.
     Msr(u32),
+    /// A line of the transcript that is replayed, from 1; 0 if it is past the last.
+    Transcript {
+        /// Its number.
+        line: u64,
+    },
 }
 
 impl fmt::Display for Context {
@@ -53,6 +58,8 @@ impl fmt::Display for Context {
             Context::SlotId(slot) => write!(f, " of slot {slot}"),
             Context::Address(address) => write!(f, " at {address:#x}"),
             Context::Msr(index) => write!(f, " of MSR {index:#x}"),
+            Context::Transcript { line: 0 } => f.write_str(" past the end of the transcript"),
+            Context::Transcript { line } => write!(f, " at line {line} of the transcript"),
         }
     }
 }
@@ -92,7 +99,10 @@ impl Error {
     /// What to do or what it means, where that is known: a clause without a full stop.
     #[must_use]
     pub fn remedy(&self) -> Option<&'static str> {
-        remedy(self.call, self.errno)
+        match self.context {
+            Context::Transcript { .. } => Some("what was expected there is told by the replay"),
+            _ => remedy(self.call, self.errno),
+        }
     }
 }
 

@@ -100,7 +100,7 @@ impl<H: Hypervisor, I: Interceptor> Hypervisor for Layered<H, I> {
         };
         let request = Request::CreateVm { vm_type };
         let NewVm { number, vm } = self.interceptor.call(Object::System, request, real)?;
-        Ok(LayeredVm { inner: vm, interceptor: self.interceptor.clone(), number })
+        Ok(LayeredVm { inner: vm, interceptor: self.interceptor.of_vm(number), number })
     }
 }
 

@@ -4,7 +4,7 @@
 //! written of a run names eventfds by this registry alone.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::EventFd;
 
@@ -24,6 +24,8 @@ use crate::EventFd;
 /// assert_eq!(names.event(&copy), Some(1));
 /// # }
 /// ```
+///
+/// A clone goes on by itself.
 #[derive(Debug, Default)]
 pub struct Names {
     /// By the kernel's number, which is never used twice.
@@ -36,8 +38,28 @@ impl Names {
     #[must_use]
     pub fn event(&self, event: &EventFd) -> Option<u32> {
         let id = event.id()?;
-        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut events = self.lock();
         let next = u32::try_from(events.len()).ok()?;
         Some(*events.entry(id).or_insert(next))
+    }
+
+    /// The number of an eventfd that has one.
+    pub(super) fn known(&self, event: &EventFd) -> Option<u32> {
+        self.lock().get(&event.id()?).copied()
+    }
+
+    /// How many eventfds have a number.
+    pub(super) fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, u32>> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Clone for Names {
+    fn clone(&self) -> Self {
+        Self { events: Mutex::new(self.lock().clone()) }
     }
 }

@@ -92,6 +92,7 @@ enum ContextForm {
     SlotId(u32),
     Address(Hex),
     Msr(Hex<u32>),
+    Transcript(u64),
 }
 
 impl ContextForm {
@@ -108,6 +109,7 @@ impl ContextForm {
             Context::SlotId(SlotId(slot)) => Self::SlotId(slot),
             Context::Address(address) => Self::Address(Hex(address)),
             Context::Msr(index) => Self::Msr(Hex(index)),
+            Context::Transcript { line } => Self::Transcript(line),
         })
     }
 
@@ -123,6 +125,7 @@ impl ContextForm {
             Self::SlotId(slot) => Context::SlotId(SlotId(slot)),
             Self::Address(Hex(address)) => Context::Address(address),
             Self::Msr(Hex(index)) => Context::Msr(index),
+            Self::Transcript(line) => Context::Transcript { line },
         }
     }
 }
