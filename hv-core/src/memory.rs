@@ -62,6 +62,15 @@ impl HostRange {
         Some(Self { memory, offset, len })
     }
 
+    /// `len` bytes of this range from `offset`, or `None` if it does not have them.
+    #[must_use]
+    pub fn slice(&self, offset: usize, len: usize) -> Option<Self> {
+        if offset.checked_add(len)? > self.len {
+            return None;
+        }
+        Self::new(self.memory.clone(), self.offset.checked_add(offset)?, len)
+    }
+
     /// The bytes. Empty if the memory no longer has them, which a well-behaved one always does.
     #[must_use]
     pub fn bytes(&self) -> &[AtomicU8] {
@@ -178,6 +187,15 @@ mod tests {
         assert!(HostRange::new(memory.clone(), 16, 0).is_some_and(|r| r.is_empty()));
         assert!(HostRange::new(memory.clone(), 1, 16).is_none());
         assert!(HostRange::new(memory, 1, usize::MAX).is_none());
+    }
+
+    #[test]
+    fn a_slice_stays_inside_its_range() {
+        let range = HostRange::new(bytes(16), 4, 8).unwrap();
+        let slice = range.slice(2, 6).unwrap();
+        assert_eq!((slice.address(), slice.len()), (range.address() + 2, 6));
+        assert!(range.slice(2, 7).is_none(), "the memory has it, the range has not");
+        assert!(range.slice(1, usize::MAX).is_none());
     }
 
     #[test]

@@ -24,11 +24,16 @@ impl HostMemory for Pages {
 /// A failure if the size can't be had.
 pub fn pages(count: usize) -> Checked<HostRange> {
     let too_many = || Miss::failed(format!("{count} pages of host memory can't be had"));
-    let len = count.checked_mul(PAGE).ok_or_else(too_many)?;
-    let room = len.checked_add(PAGE).ok_or_else(too_many)?;
-    let memory = Pages((0..room).map(|_| AtomicU8::new(0)).collect());
-    let offset = memory.0.as_ptr().align_offset(PAGE);
-    HostRange::new(Arc::new(memory), offset, len).ok_or_else(too_many)
+    span(0, count.checked_mul(PAGE).ok_or_else(too_many)?)
+}
+
+/// `len` bytes of host memory, `offset` bytes behind the start of a page, zero.
+pub(super) fn span(offset: usize, len: usize) -> Checked<HostRange> {
+    let too_many = || Miss::failed(format!("{len} bytes of host memory can't be had"));
+    let room = len.checked_add(offset).and_then(|room| room.checked_add(PAGE));
+    let memory = Pages((0..room.ok_or_else(too_many)?).map(|_| AtomicU8::new(0)).collect());
+    let start = memory.0.as_ptr().align_offset(PAGE).saturating_add(offset);
+    HostRange::new(Arc::new(memory), start, len).ok_or_else(too_many)
 }
 
 /// Slot `id` at `guest`, without flags.

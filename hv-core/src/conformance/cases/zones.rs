@@ -1,0 +1,132 @@
+//! `KVM_REGISTER_COALESCED_MMIO`: what zones there may be, and which writes they collect.
+
+use crate::conformance::bench::{Bench, Drive};
+use crate::conformance::expect::{holds, refused, same};
+use crate::conformance::{Case, Checked, Platform, RawRequest, Seen};
+use crate::{Capability, CoalescedZone, Errno, IoAddress, MemoryBackend};
+
+const ADDRESS: u64 = 0xc000_0000;
+
+const ZONE: CoalescedZone = CoalescedZone { address: IoAddress::Mmio(ADDRESS), size: 0x100 };
+
+/// Devices an in-kernel I/O bus takes (`NR_IOBUS_DEVS` of Linux since 3.19).
+const BUS_DEVICES: u64 = 1000;
+
+pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
+    vec![
+        Case::new("zone-twice", "Registering a zone again is no error.", |p: &P| {
+            let vm = p.vm()?;
+            p.needs(&vm, Capability::CoalescedMmio)?;
+            vm.register_coalesced_zone(ZONE)?;
+            Ok(vm.register_coalesced_zone(ZONE)?)
+        }),
+        Case::new("zone-absent", "Unregistering a zone that is not there is no error.", |p: &P| {
+            let vm = p.vm()?;
+            p.needs(&vm, Capability::CoalescedMmio)?;
+            Ok(vm.unregister_coalesced_zone(ZONE)?)
+        }),
+        Case::new(
+            "zone-of-unknown-space",
+            "A zone in an address space that is neither memory nor ports is refused with EINVAL.",
+            |p: &P| {
+                let vm = p.vm()?;
+                p.needs(&vm, Capability::CoalescedPio)?;
+                let request =
+                    RawRequest::CoalescedZone { register: true, address: 0x70, size: 1, pio: 2 };
+                p.raw_refused(&vm, &request, Errno::EINVAL)
+            },
+        ),
+        Case::new(
+            "zone-of-unknown-space-unregistered",
+            "Unregistering such a zone is refused with EINVAL.",
+            |p: &P| {
+                let vm = p.vm()?;
+                p.needs(&vm, Capability::CoalescedPio)?;
+                let request =
+                    RawRequest::CoalescedZone { register: false, address: 0x70, size: 1, pio: 2 };
+                p.raw_refused(&vm, &request, Errno::EINVAL)
+            },
+        ),
+        Case::new("zone-limit", "The 1001st zone is refused with ENOSPC.", limit),
+        Case::new(
+            "zone-collects",
+            "A write inside a zone does not exit; one that reaches beyond it does, and reads do.",
+            collects,
+        ),
+        Case::new("zone-of-ports", "A zone of ports collects writes to them.", of_ports),
+        Case::new("zone-ends", "Writes to a zone exit again once it is unregistered.", |p: &P| {
+            let vm = p.vm()?;
+            p.needs(&vm, Capability::CoalescedMmio)?;
+            let mut guest = p.guest_on(&vm, 0)?;
+            vm.register_coalesced_zone(ZONE)?;
+            same("a write", guest.store(ADDRESS, &[1])?, Seen::ByKernel)?;
+            vm.unregister_coalesced_zone(ZONE)?;
+            exits::<P>(&mut guest, ADDRESS)
+        }),
+        Case::new(
+            "zone-ends-by-its-part",
+            "Unregistering a part of a zone ends all of it.",
+            |p: &P| {
+                let vm = p.vm()?;
+                p.needs(&vm, Capability::CoalescedMmio)?;
+                let mut guest = p.guest_on(&vm, 0)?;
+                vm.register_coalesced_zone(ZONE)?;
+                let address = IoAddress::Mmio(ADDRESS + 0x80);
+                vm.unregister_coalesced_zone(CoalescedZone { address, size: 8 })?;
+                exits::<P>(&mut guest, ADDRESS)
+            },
+        ),
+        Case::new(
+            "zone-stays-for-what-is-larger",
+            "Unregistering a range that reaches beyond a zone leaves the zone.",
+            |p: &P| {
+                let vm = p.vm()?;
+                p.needs(&vm, Capability::CoalescedMmio)?;
+                let mut guest = p.guest_on(&vm, 0)?;
+                vm.register_coalesced_zone(ZONE)?;
+                vm.unregister_coalesced_zone(CoalescedZone { size: 0x200, ..ZONE })?;
+                same("a write", guest.store(ADDRESS, &[1])?, Seen::ByKernel)
+            },
+        ),
+    ]
+}
+
+fn exits<P: Platform>(guest: &mut P::Guest, address: u64) -> Checked {
+    let seen = guest.store(address, &[1])?;
+    holds(&format!("a write to {address:#x} exits"), matches!(seen, Seen::ByVmm(_)))
+}
+
+fn limit<P: Platform>(p: &P) -> Checked {
+    let vm = p.vm()?;
+    p.needs(&vm, Capability::CoalescedMmio)?;
+    let zone = |n: u64| CoalescedZone { address: IoAddress::Mmio(ADDRESS + n * 0x1000), size: 8 };
+    for n in 0..BUS_DEVICES {
+        vm.register_coalesced_zone(zone(n))?;
+    }
+    refused(vm.register_coalesced_zone(zone(BUS_DEVICES)), Errno::ENOSPC)
+}
+
+fn collects<P: Platform>(p: &P) -> Checked {
+    let vm = p.vm()?;
+    p.needs(&vm, Capability::CoalescedMmio)?;
+    let mut guest = p.guest_on(&vm, 0)?;
+    vm.register_coalesced_zone(ZONE)?;
+    same("a write at its start", guest.store(ADDRESS, &[1])?, Seen::ByKernel)?;
+    same("a write at its end", guest.store(ADDRESS + 0xfc, &[1; 4])?, Seen::ByKernel)?;
+    let beyond = guest.store(ADDRESS + 0xfe, &[1; 4])?;
+    holds("a write across its end exits", matches!(beyond, Seen::ByVmm(_)))?;
+    exits::<P>(&mut guest, ADDRESS + 0x100)?;
+    exits::<P>(&mut guest, ADDRESS - 1)?;
+    let (_, read) = guest.load::<4>(ADDRESS)?;
+    holds("a read exits", matches!(read, Seen::ByVmm(_)))
+}
+
+fn of_ports<P: Platform>(p: &P) -> Checked {
+    let vm = p.vm()?;
+    p.needs(&vm, Capability::CoalescedPio)?;
+    let mut guest = p.guest_on(&vm, 0)?;
+    vm.register_coalesced_zone(CoalescedZone { address: IoAddress::Pio(0x70), size: 2 })?;
+    same("a write", guest.port_out(0x71, &[1])?, Seen::ByKernel)?;
+    let other = guest.port_out(0x72, &[1])?;
+    holds("a write to the next port exits", matches!(other, Seen::ByVmm(_)))
+}
