@@ -137,10 +137,11 @@ impl Ioapic {
         }
         let outcome = lapics.send(&self.message(pin), None);
         // KVM sets it for -1 too: then nobody ends it.
-        if level && outcome.count() != Some(0) {
-            if let Some(entry) = self.entry_mut(pin) {
-                *entry |= REMOTE_IRR;
-            }
+        if level
+            && outcome.count() != Some(0)
+            && let Some(entry) = self.entry_mut(pin)
+        {
+            *entry |= REMOTE_IRR;
         }
         outcome
     }
