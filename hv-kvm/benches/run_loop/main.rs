@@ -3,7 +3,9 @@
 //! - `raw`: the ioctl `KVM_RUN` on a descriptor and a mapping of this program's own ([`raw`]),
 //! - `control`: the same with another VM, to show what the figures of this machine are worth,
 //! - `traits`: [`hv_core::Vcpu`] over hv-kvm,
-//! - `layer`: the same through a layer that does nothing.
+//! - `layer`: the same through a layer that does nothing,
+//! - `trace`: through [`Trace`], which counts,
+//! - `json`: through one that also writes a line per call, to nowhere.
 //!
 //! All look at the exit, its data and interruptions alike. As a criterion benchmark each is
 //! measured on its own. With `-- --paired SERIES` they take turns in short rounds, and one line of
@@ -18,10 +20,11 @@ mod common;
 mod raw;
 
 use std::hint::black_box;
+use std::io;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
-use hv_core::layer::{Answer, Interceptor, Layered, Object, Request};
+use hv_core::layer::{Answer, Interceptor, Layered, Object, Request, Trace};
 use hv_core::{Error, HostRange, Hypervisor, IoDirection, IoExit, Vcpu, VcpuExit, Vm};
 use kvm_bindings::kvm_regs;
 
@@ -124,6 +127,8 @@ fn guests() -> Vec<(&'static str, Box<dyn Guest>)> {
         ("control", Box::new(RawGuest::new())),
         ("traits", Box::new(TraitGuest::new(&kvm))),
         ("layer", Box::new(TraitGuest::new(&Layered::new(common::kvm(), Nothing)))),
+        ("trace", Box::new(TraitGuest::new(&Trace::new().over(common::kvm())))),
+        ("json", Box::new(TraitGuest::new(&Trace::to_json(io::sink()).over(common::kvm())))),
     ];
     for (_, guest) in &mut guests {
         // What a VM needs once, as page tables.
@@ -156,6 +161,7 @@ fn paired(series: usize) {
 fn alone(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("run_loop");
     group.throughput(Throughput::Elements(1));
+    group.warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(3));
     for (name, mut guest) in guests() {
         group.bench_function(name, |bencher| bencher.iter_custom(|exits| guest.time(exits)));
     }

@@ -23,7 +23,7 @@ use table::{Row, Table};
 /// What can be measured.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Bench {
-    /// What the traits cost a run loop
+    /// What the traits, and layers over them, cost a run loop
     Traits,
 }
 

@@ -1,4 +1,4 @@
-//! `cargo xtask bench traits`: what the traits of hv-core cost a run loop.
+//! `cargo xtask bench traits`: what the traits of hv-core, and layers over them, cost a run loop.
 
 use std::process::Command;
 use std::time::Duration;
@@ -73,6 +73,8 @@ fn judge(rounds: &Rounds) -> Result<Vec<Row>, paired::Error> {
         ("KVM, time: raw ioctl / the same (noise)", "control", "raw", None),
         ("KVM, time: traits / raw ioctl", "traits", "raw", Some(1.02)),
         ("KVM, time: empty layer / traits", "layer", "traits", None),
+        ("KVM, time: Trace / traits", "trace", "traits", Some(1.05)),
+        ("KVM, time: Trace with JSON lines / traits", "json", "traits", None),
     ]
     .into_iter()
     .map(|(what, measured, base, target)| {
@@ -87,12 +89,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn traits_are_judged_against_the_raw_loop() {
-        let mut rounds = Rounds::default();
-        rounds.take("round: exits=64 raw=1000 control=1100 traits=1021 layer=9000").unwrap();
-        let rows = judge(&rounds).unwrap();
-        let missed: Vec<_> = rows.iter().filter(|row| row.is_missed()).map(|r| r.what).collect();
-        assert_eq!(missed, ["KVM, time: traits / raw ioctl"]);
+    fn traits_are_judged_against_the_raw_loop_and_trace_against_the_traits() {
+        let missed = |line| {
+            let mut rounds = Rounds::default();
+            rounds.take(line).unwrap();
+            let rows = judge(&rounds).unwrap();
+            rows.iter().filter(|row| row.is_missed()).map(|row| row.what).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            missed(
+                "round: exits=64 raw=1000 control=1100 traits=1021 layer=9000 trace=1072 json=1"
+            ),
+            ["KVM, time: traits / raw ioctl"]
+        );
+        assert_eq!(
+            missed(
+                "round: exits=64 raw=1000 control=1100 traits=1020 layer=9000 trace=1072 json=1"
+            ),
+            ["KVM, time: Trace / traits"]
+        );
     }
 
     #[test]
