@@ -7,7 +7,7 @@ use super::guest::{Guest, Seen};
 use super::{Checked, Miss, Platform, RawRequest, VcpuOf, VmOf};
 use crate::{
     Capability, Errno, EventFd, Gsi, Hypervisor, IoAddress, IrqchipId, Irqfd, Msi, Route,
-    RouteTarget, Vm,
+    RouteTarget, Vcpu, Vm,
 };
 
 /// How long something that must happen may take on the slowest machine. Only failures wait.
@@ -180,6 +180,18 @@ pub(super) trait Drive: Guest {
             all.extend(self.interrupts()?);
         }
         Ok(all)
+    }
+
+    /// `vector`, which was just taken, must be in service, or the case is not applicable: there are
+    /// software KVMs that end an interrupt when the guest takes it.
+    fn needs_in_service(&mut self, vector: u8) -> Checked {
+        const ISR: usize = 0x100; // in-service register, 32 vectors every 16 bytes
+        let byte = ISR + usize::from(vector / 32) * 16 + usize::from(vector % 32 / 8);
+        let bits = self.vcpu().lapic()?.regs.get(byte).map_or(0, |bits| bits.cast_unsigned());
+        if bits & 1 << (vector % 8) != 0 {
+            return Ok(());
+        }
+        Err(Miss::not_applicable("this KVM ends interrupts when they are taken, not at their EOI"))
     }
 
     /// Programs entry `pin` of the in-kernel I/O APIC (its redirection table, 82093AA manual).

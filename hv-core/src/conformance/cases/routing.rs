@@ -43,9 +43,14 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
         ),
         Case::new(
             "level-irqfd-resamples",
-            "A resample irqfd keeps its pin raised until the guest ends the interrupt, which signals \
-             the resample eventfd.",
+            "The guest ends the interrupt of a resample irqfd: the resample eventfd is signalled once.",
             level_irqfd_resamples,
+        )
+        .kernels(Kernels::Since(3, 7, "no resample irqfds")),
+        Case::new(
+            "level-irqfd-resamples-at-the-end-only",
+            "The resample eventfd is not signalled before the guest ends the interrupt.",
+            resamples_at_the_end_only,
         )
         .kernels(Kernels::Since(3, 7, "no resample irqfds")),
     ]
@@ -97,12 +102,23 @@ fn level_irqfd_resamples<P: Platform>(p: &P) -> Checked {
     let mut guest = p.guest_on(&vm, 0)?;
     guest.program_ioapic(20, LEVEL | 0x62)?;
     let (event, resample) = (p.eventfd()?, p.eventfd()?);
-    let level = Irqfd { resample: Some(resample.clone()), ..irqfd(&event, 20) };
-    vm.irqfd_assign(&level)?;
+    vm.irqfd_assign(&Irqfd { resample: Some(resample.clone()), ..irqfd(&event, 20) })?;
     event.signal();
-    let taken = guest.await_taken()?;
-    same("interrupts", taken, vec![0x62])?;
-    same("resample signals before the end of the interrupt", resample.take(), None)?;
-    same("who sees its end", guest.end_of_interrupt(0x62)?, Seen::ByKernel)?;
+    same("interrupts", guest.await_interrupts(1)?, vec![0x62])?;
+    same("resample signals", await_signal(&resample)?, 1)?;
+    same("interrupts after that", guest.interrupts()?, vec![])
+}
+
+fn resamples_at_the_end_only<P: Platform>(p: &P) -> Checked {
+    let vm = p.vm_with_irqchip()?;
+    let mut guest = p.guest_on(&vm, 0)?;
+    guest.program_ioapic(20, LEVEL | 0x62)?;
+    let (event, resample) = (p.eventfd()?, p.eventfd()?);
+    vm.irqfd_assign(&Irqfd { resample: Some(resample.clone()), ..irqfd(&event, 20) })?;
+    event.signal();
+    same("interrupts", guest.await_taken()?, vec![0x62])?;
+    guest.needs_in_service(0x62)?;
+    same("resample signals before the end", resample.take(), None)?;
+    same("who sees the end", guest.end_of_interrupt(0x62)?, Seen::ByKernel)?;
     same("resample signals", await_signal(&resample)?, 1)
 }
