@@ -3,9 +3,13 @@
 mod capabilities;
 mod dirty;
 mod ioevents;
+mod irqfds;
+mod lines;
+mod messages;
 mod order;
 mod routing;
 mod slots;
+mod tables;
 mod zones;
 
 use super::{Case, Platform};
@@ -16,7 +20,11 @@ pub fn cases<P: Platform>() -> Vec<Case<P>> {
     let groups = [
         capabilities::cases(),
         order::cases(),
+        tables::cases(),
         routing::cases(),
+        irqfds::cases(),
+        messages::cases(),
+        lines::cases(),
         ioevents::cases(),
         slots::cases(),
         dirty::cases(),
