@@ -20,7 +20,7 @@ enum Logical {
     Nobody,
     Flat,
     Cluster,
-    /// Mixed or not unique: no map can be made of them.
+    /// Mixed, not unique or of several bits: no map can be made of them.
     NoMap,
 }
 
@@ -80,7 +80,7 @@ impl Lapics {
             let has = |lapic: &Lapic| lapic.enabled() && lapic.has_logical_id(bit);
             self.0.iter().position(has)
         });
-        match message.any_one {
+        match message.any_one() {
             true if bits.is_empty() => Some(Vec::new()),
             // Where nobody has that bit, nobody gets the message: so it is in KVM.
             true => {
@@ -94,18 +94,15 @@ impl Lapics {
         let mut layout = Logical::Nobody;
         let mut seen = Vec::new();
         for lapic in self.0.iter().filter(|lapic| lapic.enabled() && lapic.logical_id() != 0) {
-            layout = match (layout, lapic.flat()) {
-                (Logical::Nobody | Logical::Flat, Some(true)) => Logical::Flat,
-                (Logical::Nobody | Logical::Cluster, Some(false)) => Logical::Cluster,
+            let (id, flat) = (lapic.logical_id(), lapic.flat() == Some(true));
+            layout = match (layout, flat) {
+                (Logical::Nobody | Logical::Flat, true) => Logical::Flat,
+                (Logical::Nobody | Logical::Cluster, false) => Logical::Cluster,
                 _ => return Logical::NoMap,
             };
-            let id = lapic.logical_id();
-            let clash = |&other: &u8| match layout {
-                Logical::Flat => other & id != 0,
-                _ => other >> 4 == id >> 4 && other & id & 0xf != 0,
-            };
-            // 8 flat ids and 60 in clusters are unique: a clash comes before many were seen.
-            if seen.iter().any(clash) {
+            let bits = if flat { id } else { id & 0xf };
+            // 8 flat ids and 60 in clusters are unique: one is seen twice before many are.
+            if bits != 0 && (!bits.is_power_of_two() || seen.contains(&id)) {
                 return Logical::NoMap;
             }
             seen.push(id);
@@ -116,18 +113,16 @@ impl Lapics {
     /// Asks every local APIC whether it is meant.
     fn send_to_all(&mut self, message: &Message, source: Option<u32>) -> Outcome {
         let mut message = *message;
-        if message.destination == Destination::Physical(BROADCAST)
-            && message.mode == Mode::LowestPriority
-        {
-            (message.mode, message.any_one) = (Mode::Fixed, false);
+        if message.destination == Destination::Physical(BROADCAST) && message.any_one() {
+            message.mode = Mode::Fixed; // whatever it was, says KVM; a hint still holds
         }
         let all = self.0.iter().enumerate();
         let meant = all.filter(|(_, lapic)| meant(lapic, message.destination, source));
-        let mut targets: Vec<usize> = match message.any_one {
+        let mut targets: Vec<usize> = match message.any_one() {
             true => meant.filter(|(_, lapic)| lapic.enabled()).map(|(i, _)| i).collect(),
             false => meant.map(|(i, _)| i).collect(),
         };
-        if message.any_one && !targets.is_empty() {
+        if message.any_one() && !targets.is_empty() {
             let chosen = hash(message.vector, targets.len());
             targets = targets.get(chosen).into_iter().copied().collect();
         }
@@ -220,6 +215,9 @@ mod tests {
             // 0x41 modulo 2 bits is 1: the second of them.
             (ANY | 0x5000, 0x41, &[2]),
             (LOGICAL | 0x5000, 0x140, &[0]),
+            // To everyone, lowest priority is fixed; with the hint it is for one of the three.
+            (0xfeef_f000, 0x141, &[0, 1, 2]),
+            (0xfeef_f008, 0x141, &[2]),
             // 0x41 modulo 3 is 2; the third bit is nobody's.
             (ANY | 0xb000, 0x41, &[]),
             (LOGICAL | 0x8000, 0x41, &[]),

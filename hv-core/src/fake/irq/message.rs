@@ -55,8 +55,8 @@ pub(super) struct Message {
     pub(super) level: bool,
     /// `false` only in an interrupt command that takes a level back.
     pub(super) assert: bool,
-    /// One of those it is for is enough.
-    pub(super) any_one: bool,
+    /// The redirection hint of an MSI.
+    pub(super) hint: bool,
 }
 
 impl Message {
@@ -71,7 +71,7 @@ impl Message {
             vector: low as u8,
             level: low & 1 << 15 != 0,
             assert: true,
-            any_one: mode == Mode::LowestPriority,
+            hint: false,
         }
     }
 
@@ -82,8 +82,13 @@ impl Message {
         let (low, high) = (msi.address as u32, (msi.address >> 32) as u32);
         let id = low >> 12 & 0xff | if wide_ids { high & 0xffff_ff00 } else { 0 };
         let mut message = Self::new(msi.data, low & 1 << 2 != 0, id);
-        message.any_one |= low & 1 << 3 != 0; // redirection hint
+        message.hint = low & 1 << 3 != 0;
         message
+    }
+
+    /// Whether one of those it is for is enough.
+    pub(super) fn any_one(&self) -> bool {
+        self.hint || self.mode == Mode::LowestPriority
     }
 
     /// A redirection table entry of the I/O APIC.
@@ -170,11 +175,11 @@ mod tests {
         let plain = msi(0xfee0_3000, 0x41);
         assert_eq!(plain.destination, Destination::Physical(3));
         assert_eq!((plain.mode, plain.vector, plain.level), (Mode::Fixed, 0x41, false));
-        assert!(plain.assert && !plain.any_one);
+        assert!(plain.assert && !plain.any_one());
 
         let hinted = msi(0xfee0_100c, 0x8041);
         assert_eq!(hinted.destination, Destination::Logical(1));
-        assert!(hinted.any_one && hinted.level);
+        assert!(hinted.any_one() && hinted.level);
         for (data, mode) in [
             (0x100, Mode::LowestPriority),
             (0x200, Mode::Smi),
@@ -185,7 +190,7 @@ mod tests {
         ] {
             assert_eq!(msi(0xfee0_0000, data).mode, mode);
         }
-        assert!(msi(0xfee0_0000, 0x130).any_one);
+        assert!(msi(0xfee0_0000, 0x130).any_one());
     }
 
     #[test]

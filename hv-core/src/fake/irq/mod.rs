@@ -170,7 +170,11 @@ impl Irq {
             Some(Kind::Split) if irqfd.resample.is_some() => return Err(Errno::EINVAL),
             Some(_) => {}
         }
-        let signalled = self.irqfds.assign(irqfd)?;
+        let assigned = self.irqfds.assign(irqfd);
+        if assigned.is_err() {
+            self.release(irqfd); // KVM had set up the resampler by then
+        }
+        let signalled = assigned?;
         let (gsi, limit) = (irqfd.gsi, self.limits.routes);
         if gsi.0 >= limit {
             self.find(Finding::GsiOutOfRange { gsi, limit });
@@ -200,11 +204,15 @@ impl Irq {
                 irqfd
             }
         };
-        // The last resampler of a GSI takes its level with it.
-        if gone.resample.is_some() && !self.irqfds.resamples(gsi) {
-            self.drive(gsi, Source::Resample, false);
-        }
+        self.release(&gone);
         Ok(())
+    }
+
+    /// The last resampler of a GSI takes its level with it.
+    fn release(&mut self, gone: &Irqfd) {
+        if gone.resample.is_some() && !self.irqfds.resamples(gone.gsi) {
+            self.drive(gone.gsi, Source::Resample, false);
+        }
     }
 
     /// The assigned irqfds.
@@ -312,21 +320,23 @@ impl Irq {
         }
     }
 
-    /// `KVM_SET_IRQCHIP`.
+    /// `KVM_SET_IRQCHIP`. Whichever chip it is, the slave 8259 gets another chance to ask.
     pub(in crate::fake) fn set_chip(&mut self, chip: &kvm_irqchip) -> Result<(), Errno> {
         let pins = self.pins.as_mut().ok_or(Errno::ENXIO)?;
-        let which = match IrqchipId(chip.chip_id) {
-            IrqchipId::PIC_MASTER => Which::Master,
-            IrqchipId::PIC_SLAVE => Which::Slave,
-            IrqchipId::IOAPIC => {
-                let registers = state::to_ioapic(chip).ok_or(Errno::EINVAL)?;
-                pins.ioapic.set_registers(registers, &mut self.lapics);
-                return Ok(());
-            }
-            _ => return Err(Errno::EINVAL),
+        let pic = |pins: &mut Pins, which| {
+            pins.pic.set_registers(which, state::to_pic(chip).ok_or(Errno::EINVAL)?);
+            Ok(())
         };
-        pins.pic.set_registers(which, state::to_pic(chip).ok_or(Errno::EINVAL)?);
-        Ok(())
+        let result = match IrqchipId(chip.chip_id) {
+            IrqchipId::PIC_MASTER => pic(pins, Which::Master),
+            IrqchipId::PIC_SLAVE => pic(pins, Which::Slave),
+            IrqchipId::IOAPIC => state::to_ioapic(chip).ok_or(Errno::EINVAL).map(|registers| {
+                pins.ioapic.set_registers(registers, &mut self.lapics);
+            }),
+            _ => Err(Errno::EINVAL),
+        };
+        pins.pic.cascade();
+        result
     }
 
     /// `KVM_GET_LAPIC`.

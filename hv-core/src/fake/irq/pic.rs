@@ -216,7 +216,7 @@ impl Pic {
     }
 
     /// The slave asks by a pulse on the master's pin.
-    fn cascade(&mut self) {
+    pub(super) fn cascade(&mut self) {
         if self.slave.asks(false).is_some() {
             self.master.set(CASCADE, true);
             self.master.set(CASCADE, false);
@@ -328,13 +328,12 @@ impl Pic {
         }
     }
 
-    /// Sets them (`KVM_SET_IRQCHIP`).
+    /// Sets them (`KVM_SET_IRQCHIP`); [`Self::cascade`] is due then.
     pub(super) fn set_registers(&mut self, which: Which, registers: kvm_pic_state) {
         match which {
             Which::Master => self.master.0 = registers,
             Which::Slave => self.slave.0 = registers,
         }
-        self.cascade();
     }
 }
 
