@@ -14,6 +14,7 @@ mod capability;
 pub mod conformance;
 mod device;
 mod errno;
+mod errnos;
 mod error;
 mod event;
 mod exit;

@@ -40,19 +40,30 @@
 //! ```
 
 mod answer;
+mod faults;
+#[cfg(test)]
+mod forwarding;
 mod json;
 mod layered;
 mod names;
+mod record;
+mod replay;
 mod request;
 #[cfg(test)]
 mod round_trip;
+mod signals;
 mod trace;
+mod transcript;
 
 pub use answer::{Answer, DirtyLog, MsrsRead, NewVcpu, NewVm, Ran};
+pub use faults::{CallSite, Faults};
 pub use layered::{Layered, LayeredKick, LayeredVcpu, LayeredVm};
 pub use names::Names;
+pub use record::Record;
+pub use replay::{Difference, Made, Replay, ReplayKick, ReplayVcpu, ReplayVm, Why};
 pub use request::{Object, Request, Turn};
 pub use trace::{CallCount, Trace, TraceCounts, TraceError};
+pub use transcript::{MAX_LINE, Meta, RecordError, TranscriptError, VERSION};
 
 use crate::{Error, EventFd, Hypervisor};
 

@@ -19,8 +19,8 @@ use super::json::{
     PitForm, RegsForm, ReplyForm, RouteForm, SregsForm, XcrsForm,
 };
 use crate::{
-    Call, Capability, CoalescedZone, EventFd, ExitReply, Gsi, IoAddress, IoEvent, Ioctl, Irqfd,
-    MemorySlot, Msi, Route, SlotId,
+    Call, Capability, CoalescedZone, Context, EventFd, ExitReply, Gsi, IoAddress, IoEvent, Ioctl,
+    Irqfd, MemorySlot, Msi, Route, SlotId,
 };
 
 /// What a call is made on.
@@ -248,6 +248,41 @@ impl Request<'_> {
             Request::SetGuestDebug(_) => I::SetGuestDebug,
             Request::TscKhz => I::GetTscKhz,
         })
+    }
+
+    /// What an error of it would be about.
+    pub(super) fn context(&self, object: Object) -> Context {
+        match *self {
+            Request::CheckExtension(cap) | Request::EnableCap { cap, .. } => {
+                Context::Capability(cap)
+            }
+            Request::SetIdentityMapAddr(address) | Request::SetTssAddr(address) => {
+                Context::Address(address)
+            }
+            Request::CreateVcpu { id } => Context::Vcpu(id),
+            Request::SetGsiRouting(routes) => Context::Routes(routes.len()),
+            Request::IrqfdAssign(irqfd) => Context::Gsi(irqfd.gsi),
+            Request::IrqfdDeassign { gsi, .. }
+            | Request::IrqLine { gsi, .. }
+            | Request::IrqLineStatus { gsi, .. } => Context::Gsi(gsi),
+            Request::SignalMsi(msi) => Context::Address(msi.address),
+            Request::SetMemorySlot(slot) => {
+                let (guest, size) = (slot.guest.0, slot.host.len() as u64);
+                Context::Slot { slot: slot.id, guest, size }
+            }
+            Request::DeleteMemorySlot(slot) => Context::Slot { slot, guest: 0, size: 0 },
+            Request::DirtyLog { id, .. } | Request::ClearDirtyLog { id, .. } => Context::SlotId(id),
+            Request::RegisterCoalescedZone(zone) | Request::UnregisterCoalescedZone(zone) => {
+                Context::Address(zone.address.value())
+            }
+            Request::IoeventfdAssign(event) | Request::IoeventfdDeassign(event) => {
+                Context::Address(event.address.value())
+            }
+            _ => match object {
+                Object::Vcpu { id, .. } | Object::Kick { id, .. } => Context::Vcpu(id),
+                Object::System | Object::Vm(_) => Context::None,
+            },
+        }
     }
 
     /// Its arguments as a JSON object, without anything that differs between two runs of the same
