@@ -52,7 +52,14 @@ impl MemoryBackend for FakeVm {
 
     fn delete_memory_slot(&self, id: SlotId) -> Result<(), Error> {
         let about = Context::Slot { slot: id, guest: 0, size: 0 };
-        let old = self.call(Ioctl::SetUserMemoryRegion, about, |state| state.memory.delete(id))?;
+        let old = self.call(Ioctl::SetUserMemoryRegion, about, |state| {
+            let pages = state.memory.dirty_pages(id);
+            let old = state.memory.delete(id)?;
+            if pages > 0 {
+                state.findings.push(Finding::LostDirtyPages { slot: id, pages });
+            }
+            Ok(old)
+        })?;
         drop(old);
         Ok(())
     }

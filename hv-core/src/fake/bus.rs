@@ -97,16 +97,15 @@ impl State {
             Taken::Event => Wrote::Signalled,
             Taken::Zone => Wrote::Collected,
             Taken::Nobody => Wrote::Exit,
+            // On a bus an access that wraps is at every device below it; the chip says no.
             Taken::Chip => {
-                match address {
-                    IoAddress::Mmio(gpa) => {
-                        self.irq.mmio_write(id, gpa, data);
-                    }
+                let took = match address {
+                    IoAddress::Mmio(gpa) => self.irq.mmio_write(id, gpa, data),
                     IoAddress::Pio(port) => {
-                        self.irq.port_write(port, data);
+                        self.irq.port_write(port, data) || self.is_timer_port(port)
                     }
-                }
-                Wrote::Chip
+                };
+                if took { Wrote::Chip } else { Wrote::Exit }
             }
         }
     }
@@ -140,6 +139,10 @@ impl State {
 
     /// A port of a chip. The timer's read as 0.
     fn read_port(&mut self, port: u16, data: &mut [u8]) -> bool {
-        self.irq.port_read(port, data) || (self.pit.is_some() && matches!(port, 0x40..=0x43 | 0x61))
+        self.irq.port_read(port, data) || self.is_timer_port(port)
+    }
+
+    fn is_timer_port(&self, port: u16) -> bool {
+        self.pit.is_some() && matches!(port, 0x40..=0x43) || self.speaker && port == 0x61
     }
 }

@@ -43,6 +43,8 @@ pub(super) struct State {
     pub(super) vcpus: BTreeMap<u32, Vcpu>,
     /// The timer, which does not tick.
     pub(super) pit: Option<kvm_pit_state2>,
+    /// Whether the timer has its speaker port.
+    pub(super) speaker: bool,
     /// The guest's clock, which stands still.
     pub(super) clock: kvm_clock_data,
     /// Whether `KVM_CAP_EXCEPTION_PAYLOAD` is enabled.
@@ -157,6 +159,7 @@ impl State {
             io: Io::new(io),
             vcpus: BTreeMap::new(),
             pit: None,
+            speaker: false,
             clock: kvm_clock_data::default(),
             payload: false,
             max_vcpu_id: None,

@@ -147,6 +147,7 @@ impl State {
         let plugged = self.io.plug(registers.get(..1 + usize::from(speaker)).unwrap_or_default());
         plugged.map_err(|_| Errno::ENOMEM)?;
         self.pit = Some(kvm_pit_state2::default());
+        self.speaker = speaker;
         Ok(())
     }
 
