@@ -49,6 +49,6 @@ pub use route::{Gsi, IrqchipId, Irqfd, LineStatus, Msi, MsiStatus, Route, RouteT
 pub use vcpu::{InterruptState, Vcpu, VcpuKick};
 
 /// Its examples are tests.
-#[cfg(all(doctest, feature = "mock"))]
+#[cfg(all(doctest, feature = "mock", feature = "fake"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
