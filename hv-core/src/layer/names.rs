@@ -29,7 +29,14 @@ use crate::EventFd;
 #[derive(Debug, Default)]
 pub struct Names {
     /// By the kernel's number, which is never used twice.
-    events: Mutex<HashMap<u64, u32>>,
+    events: Mutex<Events>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Events {
+    numbers: HashMap<u64, u32>,
+    /// Those that go by the number of another.
+    same: HashMap<u64, u64>,
 }
 
 impl Names {
@@ -39,21 +46,31 @@ impl Names {
     pub fn event(&self, event: &EventFd) -> Option<u32> {
         let id = event.id()?;
         let mut events = self.lock();
-        let next = u32::try_from(events.len()).ok()?;
-        Some(*events.entry(id).or_insert(next))
+        let id = *events.same.get(&id).unwrap_or(&id);
+        let next = u32::try_from(events.numbers.len()).ok()?;
+        Some(*events.numbers.entry(id).or_insert(next))
     }
 
     /// The number of an eventfd that has one.
     pub(super) fn known(&self, event: &EventFd) -> Option<u32> {
-        self.lock().get(&event.id()?).copied()
+        let (id, events) = (event.id()?, self.lock());
+        let id = events.same.get(&id).unwrap_or(&id);
+        events.numbers.get(id).copied()
+    }
+
+    /// Lets an eventfd go by the number of another from now on.
+    pub(super) fn same(&self, event: &EventFd, other: &EventFd) {
+        if let (Some(id), Some(other)) = (event.id(), other.id()) {
+            self.lock().same.insert(id, other);
+        }
     }
 
     /// How many eventfds have a number.
     pub(super) fn len(&self) -> usize {
-        self.lock().len()
+        self.lock().numbers.len()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, u32>> {
+    fn lock(&self) -> MutexGuard<'_, Events> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -289,6 +289,14 @@ impl TryFrom<Written> for Parsed {
     }
 }
 
+/// What a line holds. serde would take a list for a structure as well.
+fn object_of<'a, T: Deserialize<'a>>(line: &'a [u8]) -> Result<T, serde_json::Error> {
+    match line.trim_ascii_start().first() {
+        Some(b'{') | None => serde_json::from_slice(line),
+        Some(_) => Err(de::Error::custom("not an object")),
+    }
+}
+
 /// Reads a transcript line by line.
 pub(super) struct Reader<R> {
     input: R,
@@ -306,11 +314,11 @@ impl<R: BufRead> Reader<R> {
         let (line, _) = reader.read()?.ok_or(TranscriptError::NotATranscript)?;
         // The version first: what else stands there depends on it.
         let JustVersion { version } =
-            serde_json::from_slice(line).map_err(|_| TranscriptError::NotATranscript)?;
+            object_of(line).map_err(|_| TranscriptError::NotATranscript)?;
         if version != VERSION {
             return Err(TranscriptError::Version { found: version });
         }
-        let First { meta, .. } = serde_json::from_slice(line)
+        let First { meta, .. } = object_of(line)
             .map_err(|error| TranscriptError::Malformed { line: 1, error: Arc::new(error) })?;
         Ok((reader, meta))
     }
@@ -325,7 +333,7 @@ impl<R: BufRead> Reader<R> {
             return Err(TranscriptError::CutOff { lines });
         };
         let bytes = text.len();
-        let written: Written = serde_json::from_slice(text)
+        let written: Written = object_of(text)
             .map_err(|error| TranscriptError::Malformed { line, error: Arc::new(error) })?;
         match written.try_into().map_err(|what| TranscriptError::Mixed { line, what })? {
             Parsed::Line(what) => Ok(Some(Numbered { number: line, bytes, line: what })),

@@ -234,7 +234,11 @@ impl Interceptor for Record {
     fn stand_in(&self, object: Object, event: &EventFd) -> Result<Option<EventFd>, Error> {
         let Object::Vm(vm) = object else { return Ok(None) };
         self.recorder.start()?;
-        self.recorder.lock().stand_ins.get(vm, event, &self.recorder.doorbells)
+        let own = self.recorder.lock().stand_ins.get(vm, event, &self.recorder.doorbells)?;
+        if let (Some(replay), Some(own)) = (&self.recorder.follows, &own) {
+            replay.order().stands_in(own, event);
+        }
+        Ok(own)
     }
 
     fn of_vm(&self, vm: u32) -> Self {

@@ -202,6 +202,11 @@ impl Order {
         self.lock().follower.get_or_insert(Turn::Nobody);
     }
 
+    /// The follower gives `stand_in` where the VMM gave `event`.
+    pub(in crate::layer) fn stands_in(&self, stand_in: &EventFd, event: &EventFd) {
+        self.lock().names.same(stand_in, event);
+    }
+
     /// The follower has written down the call of this thread.
     pub(in crate::layer) fn wrote_call(&self) {
         self.wrote(Turn::Call(thread::current().id()));
@@ -243,37 +248,35 @@ impl State {
             self.kicked.insert((vm, id));
             return Ok(Progress::Unwritten);
         }
+        if !self.is_free() {
+            return Ok(Progress::Wait);
+        }
         let next = match self.ahead.next() {
-            Next::Call(number, line) => Some((number, line.on)),
+            Next::Call(number, _) => Some(number),
             Next::Unreadable(error) => return Err(error.clone().into()),
             Next::Signal { .. } | Next::End => None,
         };
-        match next {
-            Some((number, on)) if on == calling.on && self.is_free() => {
+        // What was awaited may have been the call of another thread.
+        if awaited.is_none_or(|awaited| next.is_none_or(|next| awaited < next)) {
+            *awaited = self.find(calling)?;
+        }
+        if awaited.is_none() && self.is_interrupted(calling) {
+            return Ok(Progress::Unwritten);
+        }
+        match (*awaited, self.ahead.next()) {
+            (Some(awaited), Next::Call(number, line)) if awaited == number => {
                 // The names are kept only if this is the call.
                 let names = self.names.clone();
                 let actual = calling.made(&names);
-                let Next::Call(_, line) = self.ahead.next() else { return Ok(Progress::Wait) };
-                if actual.is(line) {
-                    self.names = names;
-                    return Ok(Progress::Taken(number));
-                }
-                if *awaited == Some(number) || !shared(on) {
+                if !actual.is(line) {
                     let (expected, later) = (Made::from(line), self.later(number, &actual));
                     return Err(Difference::Other { line: number, expected, actual, later });
                 }
+                self.names = names;
+                Ok(Progress::Taken(number))
             }
-            _ => {}
+            _ => Ok(Progress::Wait),
         }
-        // What is awaited may have been the call of another thread.
-        let passed = next.is_none_or(|(number, _)| awaited.is_none_or(|awaited| awaited < number));
-        if passed && self.is_free() {
-            *awaited = self.find(calling)?;
-            if awaited.is_none() && self.is_interrupted(calling) {
-                return Ok(Progress::Unwritten);
-            }
-        }
-        Ok(Progress::Wait)
     }
 
     /// The line a call has to wait for; `None` if it may be one that is not known yet.
