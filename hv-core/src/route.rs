@@ -10,6 +10,7 @@ use crate::EventFd;
 
 /// A global system interrupt: the number a route, an irqfd or an interrupt line goes by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Gsi(pub u32);
 
 impl fmt::Display for Gsi {
@@ -20,6 +21,7 @@ impl fmt::Display for Gsi {
 
 /// An in-kernel interrupt controller, by its number in the KVM API (`KVM_IRQCHIP_*`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct IrqchipId(pub u32);
 
 impl IrqchipId {
@@ -33,6 +35,7 @@ impl IrqchipId {
 
 /// A message signalled interrupt: what a device writes, and where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Msi {
     /// The address the message goes to (Intel SDM volume 3, "Message Address Register Format").
     pub address: u64,
@@ -44,6 +47,7 @@ pub struct Msi {
 
 /// Where a GSI leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum RouteTarget {
     /// A pin of an in-kernel interrupt controller (`KVM_IRQ_ROUTING_IRQCHIP`).
@@ -66,6 +70,7 @@ pub enum RouteTarget {
 
 /// One entry of the routing table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Route {
     /// The interrupt that is routed.
     pub gsi: Gsi,

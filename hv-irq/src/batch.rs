@@ -23,6 +23,11 @@ pub struct GsiRoute<V: IrqBackend> {
 }
 
 impl<V: IrqBackend> GsiRoute<V> {
+    /// The owner of an allocated GSI.
+    pub(crate) fn of(gsi: Gsi, router: &Arc<Shared<V>>) -> Self {
+        Self { owned: Arc::new(OwnedGsi { gsi, router: Arc::downgrade(router) }) }
+    }
+
     /// Its GSI.
     #[must_use]
     pub fn gsi(&self) -> Gsi {
@@ -80,9 +85,9 @@ impl<'a, V: IrqBackend> Batch<'a, V> {
     /// refuse the target.
     pub fn add(&mut self, target: RouteTarget) -> Result<GsiRoute<V>, RouterError> {
         let gsi = self.router.state().allocate(&*self.router.vm())?;
-        let owned = Arc::new(OwnedGsi { gsi, router: Arc::downgrade(self.router) });
-        self.name(&owned, [Op::Set(gsi, target)])?;
-        Ok(GsiRoute { owned })
+        let route = GsiRoute::of(gsi, self.router);
+        self.set(&route, target)?;
+        Ok(route)
     }
 
     /// Routes the GSI of `route` to `msi` instead. A bound eventfd stays bound.

@@ -18,7 +18,10 @@ mod ledger;
 mod level;
 mod pin;
 mod pins;
+mod rebuild;
+mod restore;
 mod router;
+mod save;
 mod state;
 mod table;
 #[cfg(test)]
@@ -28,13 +31,15 @@ mod vectors;
 pub use batch::{Batch, GsiRoute};
 pub use bitmap::{GsiBitmap, GsiError};
 pub use error::RouterError;
-pub use ioapic::Ioapic;
+pub use ioapic::{Ioapic, IoapicState};
 pub use level::LevelPin;
 pub use pin::PinIrqfd;
 pub use pins::{LEGACY_GSIS, pc_default_routes};
+pub use restore::{RestoreError, Restored};
 pub use router::{IrqRouter, LegacyPins, RouterConfig};
+pub use save::RouterState;
 pub use table::{RouteError, RoutingTable};
-pub use vectors::{MsiVectors, VectorChange};
+pub use vectors::{MsiVectors, MsiVectorsState, VectorChange, VectorState};
 
 /// The code in the README is compiled with the documentation tests.
 #[cfg(doctest)]

@@ -12,10 +12,11 @@ use hv_core::{Gsi, IrqBackend, LineStatus, Msi, MsiStatus, Route};
 
 use crate::pins::CASCADE;
 use crate::state::{Op, State};
-use crate::{Batch, GsiBitmap, LEGACY_GSIS, RouterError, RoutingTable, pc_default_routes};
+use crate::{Batch, LEGACY_GSIS, RouterError, pc_default_routes};
 
 /// Who has the pins of the legacy interrupt controllers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum LegacyPins {
     /// The kernel (`KVM_CREATE_IRQCHIP`): GSIs 0 to 23 lead to its PICs and its I/O APIC.
     Kernel,
@@ -117,24 +118,31 @@ impl<V: IrqBackend> IrqRouter<V> {
     /// # Errors
     /// Fewer GSIs than the legacy interrupts need, or KVM refuses the default routes.
     pub fn new(vm: Arc<V>, config: RouterConfig) -> Result<Self, RouterError> {
-        let count = config.gsi_count;
-        let kernel = config.pins == LegacyPins::Kernel;
+        let mut state = State::empty(&config)?;
         let defaults: Vec<Op> = match config.pins {
             LegacyPins::Kernel => pc_default_routes().map(Op::Add).collect(),
             LegacyPins::Userspace => Vec::new(),
         };
-        let needed = LEGACY_GSIS.end.max(defaults.len() as u32);
-        if count < needed {
-            return Err(RouterError::TooFewGsis { count, needed });
-        }
-        let mut gsis = GsiBitmap::new(count);
-        gsis.reserve(LEGACY_GSIS)?;
-        let table = RoutingTable::new(count, count, kernel);
-        let table = table.with_x2apic_format(config.x2apic_format);
-        let mut state = State::new(gsis, table, needed);
         state.commit(&*vm, &defaults)?;
+        Ok(Self::with(vm, config, state))
+    }
+
+    pub(crate) fn with(vm: Arc<V>, config: RouterConfig, state: State) -> Self {
         let (state, vm) = (Mutex::new(state), RwLock::new(vm));
-        Ok(Self { shared: Arc::new(Shared { config, state, vm }) })
+        Self { shared: Arc::new(Shared { config, state, vm }) }
+    }
+
+    /// Moves everything to another VM that has an irqchip of the same kind: the table with one ioctl,
+    /// then each irqfd. All handles stay what they are, and an event that comes meanwhile waits in its
+    /// eventfd. The router lets go of the old VM.
+    ///
+    /// # Errors
+    /// A VM refuses; everything is on the old one then, and the new one should be dropped.
+    pub fn rebuild(&self, vm: Arc<V>) -> Result<(), RouterError> {
+        let mut state = self.shared.state();
+        state.rebuild(&*self.shared.vm(), &*vm)?;
+        *self.shared.vm.write().unwrap_or_else(PoisonError::into_inner) = vm;
+        Ok(())
     }
 
     /// Changes routes and irqfds together: whatever `change` asks for is done in one commit if it
@@ -164,12 +172,11 @@ impl<V: IrqBackend> IrqRouter<V> {
     /// # Errors
     /// KVM refuses the message; or all GSIs have owners and it needs one.
     pub fn signal_msi(&self, msi: Msi) -> Result<MsiStatus, RouterError> {
-        let vm = self.shared.vm();
         if self.shared.config.msi == MsiMode::Direct {
-            return Ok(vm.signal_msi(msi)?);
+            return Ok(self.shared.vm().signal_msi(msi)?);
         }
         // Locked until the interrupt is raised: its route must not go before that.
-        let mut state = self.shared.state();
+        let (mut state, vm) = (self.shared.state(), self.shared.vm());
         let gsi = state.dynamic_route(&*vm, msi)?;
         Ok(match self.raise(&*vm, gsi, true)? {
             Some(LineStatus::Delivered(_)) | None => MsiStatus::Delivered,

@@ -12,7 +12,10 @@ use hv_core::{Error, Gsi, IrqBackend, Irqfd, Msi, Route, RouteTarget};
 use crate::dynamic::DynamicMsis;
 use crate::ledger::Ledger;
 use crate::table::Targets;
-use crate::{GsiBitmap, RouteError, RouterError, RoutingTable};
+use crate::{
+    GsiBitmap, LEGACY_GSIS, LegacyPins, RouteError, RouterConfig, RouterError, RoutingTable,
+    pc_default_routes,
+};
 
 /// One change of a batch.
 #[derive(Debug)]
@@ -54,16 +57,56 @@ struct Change {
 }
 
 impl State {
-    pub(crate) fn new(gsis: GsiBitmap, table: RoutingTable, legacy_entries: u32) -> Self {
-        Self {
+    /// That of a router without routes: the legacy GSIs are reserved, the entries they need kept.
+    pub(crate) fn empty(config: &RouterConfig) -> Result<Self, RouterError> {
+        let count = config.gsi_count;
+        let kernel_pins = config.pins == LegacyPins::Kernel;
+        let needed = if kernel_pins { pc_default_routes().count() as u32 } else { LEGACY_GSIS.end };
+        if count < needed {
+            return Err(RouterError::TooFewGsis { count, needed });
+        }
+        let mut gsis = GsiBitmap::new(count);
+        gsis.reserve(LEGACY_GSIS)?;
+        let table = RoutingTable::new(count, count, kernel_pins);
+        Ok(Self {
             gsis,
-            table,
+            table: table.with_x2apic_format(config.x2apic_format),
             irqfds: Ledger::default(),
             dynamic: DynamicMsis::EMPTY,
-            legacy_entries,
+            legacy_entries: needed,
             abandoned: BTreeSet::new(),
             abandoned_irqfds: BTreeSet::new(),
+        })
+    }
+
+    /// Whether more GSIs are taken than there are entries for.
+    pub(crate) fn is_over_full(&self) -> bool {
+        self.legacy_entries + self.gsis.len() > self.gsis.count()
+    }
+
+    /// GSIs that are taken though nobody owns them.
+    pub(crate) fn ownerless(&self) -> impl Iterator<Item = Gsi> {
+        self.dynamic.gsis().chain(self.abandoned.iter().copied())
+    }
+
+    /// GSIs that KVM would not let go of.
+    pub(crate) fn abandoned(&self) -> &BTreeSet<Gsi> {
+        &self.abandoned
+    }
+
+    /// KVM has none of what is abandoned any more, nor the ledger an irqfd of it.
+    pub(crate) fn forget_abandoned(&mut self) {
+        self.abandoned_irqfds.clear();
+        for gsi in std::mem::take(&mut self.abandoned) {
+            self.table.put(gsi, Targets::None);
+            let freed = self.gsis.free(gsi);
+            debug_assert_eq!(freed, Ok(()), "what is abandoned is allocated");
         }
+    }
+
+    /// Whether the owner of an irqfd is gone.
+    pub(crate) fn is_abandoned(&self, irqfd: &Irqfd) -> bool {
+        self.abandoned_irqfds.contains(&irqfd.event.as_raw_fd())
     }
 
     /// Takes the lowest free GSI, and with it the table entry its route will need.

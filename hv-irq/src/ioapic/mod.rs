@@ -12,6 +12,7 @@
 
 mod level;
 mod redirection;
+mod save;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,8 +24,12 @@ use crate::{IrqRouter, LegacyPins, RouteError, RouterError};
 pub(crate) use level::PinTrigger;
 use level::Triggers;
 use redirection::RedirectionEntry;
+pub use save::IoapicState;
 
 const PINS: usize = 24;
+
+/// The bits of the identification register.
+const ID: u32 = 0x0f00_0000;
 
 /// Offsets of the memory-mapped registers.
 mod register {
@@ -194,7 +199,7 @@ impl<V: IrqBackend> Chip<V> {
     fn write_window(&self, registers: &mut Registers, value: u32) -> Result<(), RouterError> {
         let select = registers.select;
         if select == index::ID {
-            registers.id = value & 0x0f00_0000;
+            registers.id = value & ID;
         }
         let Some((pin, upper)) = redirection_index(select) else { return Ok(()) };
         let Some(entry) = registers.entries.get_mut(pin) else { return Ok(()) };

@@ -24,6 +24,17 @@ impl RedirectionEntry {
     /// As after a reset: masked, and nothing else.
     pub(super) const RESET: Self = Self(MASKED);
 
+    /// An entry that software can read: `None` if no write leads to these bits.
+    pub(super) fn from_bits(bits: u64) -> Option<Self> {
+        let entry = Self(bits);
+        let possible = bits & !(WRITABLE | REMOTE_IRR) == 0;
+        (possible && (entry.is_level() || !entry.remote_irr())).then_some(entry)
+    }
+
+    pub(super) fn bits(self) -> u64 {
+        self.0
+    }
+
     pub(super) fn low(self) -> u32 {
         self.0 as u32
     }

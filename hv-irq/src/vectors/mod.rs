@@ -5,6 +5,8 @@
 //! bounded amount of work: one commit for whatever it changes at once, and a table written only if
 //! a route differs. It must not know the registers of the device.
 
+mod save;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::AsRawFd;
@@ -15,6 +17,7 @@ use hv_core::{EventFd, Gsi, IrqBackend, Irqfd, Msi, RouteTarget};
 use crate::router::Shared;
 use crate::state::{Op, State};
 use crate::{IrqRouter, RouterError};
+pub use save::{MsiVectorsState, VectorState};
 
 /// The MSI or MSI-X vectors of a device.
 ///
