@@ -147,7 +147,7 @@ fn remedy(call: Call, errno: Errno) -> Option<&'static str> {
             "the identity map must be set before the first vCPU"
         }
         (I::SetTssAddr, Errno::EINVAL) => "the three TSS pages must lie below 4 GiB",
-        (I::SetNrMmuPages, Errno::EINVAL) => "KVM needs at least 20 MMU pages",
+        (I::SetNrMmuPages, Errno::EINVAL) => "KVM needs at least 64 MMU pages",
         (I::CreateVcpu, Errno::EEXIST) => "this vCPU id is already in use",
         (I::CreateVcpu, Errno::EINVAL) => {
             "the vCPU id is not below KVM_CAP_MAX_VCPU_ID, or the VM has its maximum of vCPUs"

@@ -108,7 +108,7 @@ pub trait Vm: IrqBackend + MemoryBackend + IoEventBackend {
     /// Limits the pages of the shadow MMU (`KVM_SET_NR_MMU_PAGES`).
     ///
     /// # Errors
-    /// `EINVAL` below 20.
+    /// `EINVAL` below 64 (`KVM_MIN_ALLOC_MMU_PAGES`).
     fn set_nr_mmu_pages(&self, pages: u64) -> Result<(), Error>;
 
     /// Creates the two PICs, the I/O APIC and the local APICs in the kernel

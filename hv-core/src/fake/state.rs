@@ -16,7 +16,7 @@ use super::irq::{Interrupt, Irq, IrqLimits, Kind};
 use super::kick::Kickable;
 use super::kvm::System;
 use super::memory::{Memory, MemoryLimits};
-use super::registers::{INIT_RECEIVED, Registers};
+use super::registers::{HALTED, INIT_RECEIVED, RUNNABLE, Registers};
 use super::{FakeHost, Finding, Leftover, Live};
 use crate::{Capability, Errno, MemorySlot};
 
@@ -169,11 +169,20 @@ impl State {
         })
     }
 
-    /// Wakes vCPUs that wait for what there is now.
+    /// Wakes the vCPUs that wait and have something to do now. None else: one that is woken in vain
+    /// waits again, and would be woken again by that.
     fn wake(&mut self) {
-        for (&id, vcpu) in &mut self.vcpus {
-            if vcpu.waits && (self.irq.pending(id) || vcpu.injected.is_some()) {
-                vcpu.kick.wake();
+        let waiting = self.vcpus.iter().filter(|(_, vcpu)| vcpu.waits);
+        let waiting: Vec<u32> = waiting.map(|(&id, _)| id).collect();
+        for id in waiting {
+            self.start(id);
+            let interrupt = self.interrupt_waits(id);
+            if let Some(vcpu) = self.vcpus.get(&id) {
+                match vcpu.registers.mp_state {
+                    RUNNABLE => vcpu.kick.wake(),
+                    HALTED if interrupt => vcpu.kick.wake(),
+                    _ => {}
+                }
             }
         }
     }

@@ -40,7 +40,7 @@ use crate::{CoalescedZone, IoAddress, IoEvent, Irqfd, MemorySlot, Route};
 /// # Ok::<(), hv_core::Error>(())
 /// ```
 #[derive(Clone)]
-pub struct VmView(Arc<Shared>);
+pub struct VmView(pub(super) Arc<Shared>);
 
 impl fmt::Debug for VmView {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -120,10 +120,11 @@ impl VmView {
     }
 
     /// The guest switches the local APIC of a vCPU on (its spurious interrupt vector register), as
-    /// an operating system does: until then it takes no interrupts but NMI, INIT and the like.
+    /// an operating system does: until then it takes no interrupts but NMI, INIT and the like. Nothing
+    /// without an in-kernel irqchip.
     pub fn enable_apic(&self, vcpu: u32) {
         const SPURIOUS: u64 = 0xfee0_00f0;
-        self.0.with(|state| state.write(vcpu, IoAddress::Mmio(SPURIOUS), &0x1ffu32.to_le_bytes()));
+        self.0.with(|state| state.irq.mmio_write(vcpu, SPURIOUS, &0x1ffu32.to_le_bytes()));
     }
 
     /// vCPU 0 writes, without being run: what the kernel serves happens. What would be an exit is

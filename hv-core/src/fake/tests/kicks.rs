@@ -3,6 +3,7 @@
 use std::thread;
 
 use super::{message, msi_route, vm_with_irqchip};
+use crate::fake::run::Next;
 use crate::fake::{FakeHost, FakeKvm, FakeVm, GuestStep, Interrupt, Seen};
 use crate::{
     Call, ExitReply, Gsi, Hypervisor, IoAddress, IrqBackend, Irqfd, Msi, MsiStatus, Vcpu, VcpuExit,
@@ -101,6 +102,32 @@ fn whatever_brings_an_interrupt_ends_waiting() {
         });
         assert_eq!(vm.view().take_seen(0), [Seen::Interrupts(vec![interrupt])]);
     }
+}
+
+/// A vCPU that was told to look again looks once, finds nothing to do, and waits: it must not have
+/// told itself to look again.
+#[test]
+fn waiting_is_not_looking_all_the_time() {
+    let kvm = FakeKvm::default();
+    let vm = vm_with_irqchip(&kvm);
+    let _vcpus = [0, 1].map(|id| vm.create_vcpu(id).unwrap());
+    // To a vCPU that waits for INIT, an NMI is nothing to run for.
+    let nmi = Msi { address: 0xfee0_1000, data: 0x400, device: None };
+    assert_eq!(vm.signal_msi(nmi), Ok(MsiStatus::Delivered));
+    let view = vm.view();
+    let step = || {
+        let next = view.0.with(|state| state.step(1, false));
+        let told = view.0.with(|state| state.vcpus[&1].kick.event().take());
+        (matches!(next, Next::Wait), told)
+    };
+    assert_eq!(step(), (true, None));
+    assert_eq!(vm.signal_msi(nmi), Ok(MsiStatus::Delivered));
+    assert_eq!(step(), (true, None));
+    for data in [0x500, 0x608] {
+        vm.signal_msi(Msi { data, ..nmi }).unwrap();
+    }
+    assert!(view.0.with(|state| state.vcpus[&1].kick.event().take()).is_some());
+    assert!(!step().0, "it has been started");
 }
 
 /// Each of two vCPUs waits for what the other does.
