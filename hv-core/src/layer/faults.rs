@@ -200,7 +200,7 @@ fn drawn(seed: u64, object: Object, n: u64, one_in: NonZeroU32, errnos: &[Errno]
     };
     let own = mix(mix(u64::from(vm) << 32 | u64::from(id)).wrapping_add(kind));
     let number = splitmix64(seed ^ own, n);
-    if number % u64::from(one_in.get()) != 0 {
+    if !number.is_multiple_of(u64::from(one_in.get())) {
         return None;
     }
     // Another number, or only some errnos would ever go with some odds.

@@ -248,7 +248,7 @@ pub struct LayeredVcpu<V, I> {
     interceptor: I,
     vm: u32,
     id: u32,
-    /// What the VMM answered to the last exit.
+    /// What the VMM answered to the last exit, if the interceptor wants to see it.
     reply: Option<ExitReply>,
     window: bool,
     /// Whether the last exit waits for port input, and the interceptor wants to see it.
@@ -301,11 +301,15 @@ impl<V: Vcpu, I: Interceptor> Vcpu for LayeredVcpu<V, I> {
     fn run(&mut self) -> Result<VcpuExit, Error> {
         let object = self.object();
         let wants = self.interceptor.wants_data();
-        self.copy.clear();
-        if self.input {
-            self.copy.extend_from_slice(self.inner.io_data());
-        }
-        let turn = Turn { reply: self.reply.take(), data: &self.copy, window: self.window };
+        let turn = if wants {
+            self.copy.clear();
+            if self.input {
+                self.copy.extend_from_slice(self.inner.io_data());
+            }
+            Turn { reply: self.reply.take(), data: &self.copy, window: self.window }
+        } else {
+            Turn::default()
+        };
         let inner = &mut self.inner;
         let ran = self.interceptor.call(object, Request::Run(turn), || run(inner, wants));
         let exit = ran.map(|ran| ran.exit);
@@ -321,7 +325,9 @@ impl<V: Vcpu, I: Interceptor> Vcpu for LayeredVcpu<V, I> {
 
     #[inline]
     fn reply(&mut self, reply: ExitReply) {
-        self.reply = Some(reply);
+        if self.interceptor.wants_data() {
+            self.reply = Some(reply);
+        }
         self.inner.reply(reply);
     }
 

@@ -88,9 +88,9 @@ pub trait Interceptor: Clone + Send + Sync {
         Layered::new(hypervisor, self.clone())
     }
 
-    /// Whether it looks at what costs something to show it: the bytes of port I/O
-    /// ([`Turn::data`], [`Ran::data`]), what `kvm_run` says about interrupts ([`Ran::interrupts`]),
-    /// and the registers asked for by [`Request::Msrs`].
+    /// Whether it looks at what costs something to show it: what a vCPU is told before a run
+    /// ([`Turn`]), the bytes of port output ([`Ran::data`]), what `kvm_run` says about interrupts
+    /// ([`Ran::interrupts`]), and the registers asked for by [`Request::Msrs`].
     #[inline]
     fn wants_data(&self) -> bool {
         false

@@ -58,13 +58,13 @@ impl fmt::Display for Object {
     }
 }
 
-/// What the VMM told a vCPU since its last run.
+/// What the VMM told a vCPU since its last run; nothing unless the interceptor
+/// [wants data](super::Interceptor::wants_data).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Turn<'a> {
     /// The answer to the previous exit; the last one, if there were several.
     pub reply: Option<ExitReply>,
-    /// The bytes the guest reads, if the previous exit was port input and the interceptor
-    /// [wants them](super::Interceptor::wants_data).
+    /// The bytes the guest reads, if the previous exit was port input.
     pub data: &'a [u8],
     /// Whether the VMM wants to know when an interrupt can be injected.
     pub window: bool,
