@@ -160,6 +160,11 @@ impl StandIns {
         self.keep(doorbells, |it| it.calls > 0 || !it.uses.is_empty());
     }
 
+    #[cfg(test)]
+    pub(super) fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// A VM is gone.
     pub(super) fn end(&mut self, vm: u32, doorbells: &Doorbells) {
         self.keep(doorbells, |it| it.vm != vm);

@@ -6,6 +6,8 @@
 //! passed on. Nothing here changes a call or its result.
 
 mod doorbells;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -40,7 +42,7 @@ use crate::{Call, Errno, Error, EventFd};
 /// # let file = File::default();
 /// # let mut kvm = hv_core::mock::MockHypervisor::new();
 /// # kvm.expect_check_extension().return_const(Ok(4096));
-/// let record = Record::new(file.clone(), [("host", "Linux 6.18")]);
+/// let record = Record::new(file.clone());
 /// let kvm = record.over(kvm);
 /// assert_eq!(kvm.check_extension(Capability::IrqRouting), Ok(4096));
 /// record.finish()?;
@@ -75,11 +77,13 @@ struct State {
 }
 
 impl Record {
-    /// Writes to `output`, which had better be buffered. `meta` are texts for the first line.
-    pub fn new<K: Into<String>, T: Into<String>>(
-        output: impl Write + Send + 'static,
-        meta: impl IntoIterator<Item = (K, T)>,
-    ) -> Self {
+    /// Writes to `output`, which had better be buffered.
+    pub fn new(output: impl Write + Send + 'static) -> Self {
+        Self::with(Box::new(output), &Meta::new(), None)
+    }
+
+    /// Writes to `output`, with texts for the first line.
+    pub fn with_meta(output: impl Write + Send + 'static, meta: &Meta) -> Self {
         Self::with(Box::new(output), meta, None)
     }
 
@@ -88,17 +92,12 @@ impl Record {
     /// come through this layer.
     pub fn of_replay(output: impl Write + Send + 'static, replay: &Replay) -> Self {
         replay.order().follow();
-        Self::with(Box::new(output), replay.meta().clone(), Some(replay.clone()))
+        Self::with(Box::new(output), replay.meta(), Some(replay.clone()))
     }
 
-    fn with<K: Into<String>, T: Into<String>>(
-        output: Box<dyn Write + Send>,
-        meta: impl IntoIterator<Item = (K, T)>,
-        follows: Option<Replay>,
-    ) -> Self {
-        let meta: Meta = meta.into_iter().map(|(key, text)| (key.into(), text.into())).collect();
+    fn with(output: Box<dyn Write + Send>, meta: &Meta, follows: Option<Replay>) -> Self {
         let state = State {
-            writer: Writer::new(output, &meta),
+            writer: Writer::new(output, meta),
             names: Names::default(),
             threads: HashMap::new(),
             stand_ins: StandIns::default(),

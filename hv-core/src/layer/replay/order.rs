@@ -33,6 +33,11 @@ impl Calling<'_> {
         self.request.call()
     }
 
+    /// Whether there are eventfds among its arguments.
+    fn names_eventfds(&self) -> bool {
+        matches!(self.call(), Call::Ioctl(Ioctl::Irqfd | Ioctl::Ioeventfd))
+    }
+
     /// The call as a transcript would have it. Eventfds without a name get one.
     fn made(&self, names: &Names) -> Made {
         let args = text(&self.request.arguments(names));
@@ -143,7 +148,7 @@ impl Order {
         let left = self.limit.saturating_sub(state.progress.elapsed());
         if left.is_zero() {
             let mut state = state;
-            let waiting = calling.made(&state.names.clone());
+            let waiting = calling.made(&state.names_for(calling));
             if let Next::Call(line, expected) = state.ahead.next() {
                 let expected = Made::from(expected);
                 let stuck = Difference::Stuck { line, expected, limit: self.limit, waiting };
@@ -266,25 +271,32 @@ impl State {
         match (*awaited, self.ahead.next()) {
             (Some(awaited), Next::Call(number, line)) if awaited == number => {
                 // The names are kept only if this is the call.
-                let names = self.names.clone();
+                let names = self.names_for(calling);
                 let actual = calling.made(&names);
                 if !actual.is(line) {
                     let (expected, later) = (Made::from(line), self.later(number, &actual));
                     return Err(Difference::Other { line: number, expected, actual, later });
                 }
-                self.names = names;
+                if calling.names_eventfds() {
+                    self.names = names;
+                }
                 Ok(Progress::Taken(number))
             }
             _ => Ok(Progress::Wait),
         }
     }
 
+    /// The names as they would be after a call.
+    fn names_for(&self, calling: Calling<'_>) -> Names {
+        if calling.names_eventfds() { self.names.clone() } else { Names::default() }
+    }
+
     /// The line a call has to wait for; `None` if it may be one that is not known yet.
     fn find(&mut self, calling: Calling<'_>) -> Result<Option<u64>, Difference> {
         // An eventfd that has no name yet may get another one than it would get now.
-        let names = self.names.clone();
+        let names = self.names_for(calling);
         let actual = calling.made(&names);
-        let named = names.len() == self.names.len();
+        let named = !calling.names_eventfds() || names.len() == self.names.len();
         let is = |line: &CallLine| match named {
             true => actual.is(line),
             false => (actual.on, &actual.call) == (line.on, &line.call),
@@ -388,20 +400,20 @@ impl State {
     fn settle(&mut self) {
         while self.stopped.is_none() && self.is_free() {
             match self.ahead.next() {
-                Next::Signal { number, event, count } => match self.signalled(event) {
-                    Some(doorbell) => {
-                        signal(doorbell, count);
+                Next::Signal { number, event, count } => {
+                    if let Some(event) = self.signalled(event) {
+                        signal(event, count);
                         if let Some(turn) = &mut self.follower {
                             *turn = Turn::Signal;
                         }
-                    }
-                    None => {
-                        let what = "a signal of an eventfd that KVM was not given to signal";
+                    } else if usize::try_from(event).is_ok_and(|event| event >= self.names.len()) {
+                        let what = "a signal of an eventfd that no call has named before";
                         let error = TranscriptError::Mixed { line: number, what };
                         self.stop(Ioctl::Ioeventfd.into(), error.into());
                         return;
                     }
-                },
+                    // Otherwise its VM was dropped here before it was in the recording.
+                }
                 Next::Call(number, line) => match line.on {
                     Object::Vcpu { vm, id } if self.dropped.contains(&(vm, id)) => {
                         if !is_interrupted(line) {

@@ -44,7 +44,7 @@ fn pins(n: u32) -> Vec<Route> {
 
 fn transcript() -> String {
     let file = File::default();
-    let record = Record::new(file.clone(), [("", ""); 0]);
+    let record = Record::new(file.clone());
     set_up(&record.over(super::guest::host()), &[tss, irqchip, routes]).unwrap();
     record.finish().unwrap();
     file.text()
@@ -141,7 +141,7 @@ fn another_eventfd() {
         vm.irqfd_assign(&Irqfd { event, gsi: Gsi(5), resample: None })
     }
     let file = File::default();
-    let record = Record::new(file.clone(), [("", ""); 0]);
+    let record = Record::new(file.clone());
     bind(&record.over(super::guest::host()), 1).unwrap();
     record.finish().unwrap();
 

@@ -13,7 +13,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use vm_memory::GuestAddress;
 
 use super::{File, replay};
-use crate::layer::{Interceptor, Record};
+use crate::layer::{Interceptor, Meta, Record};
 use crate::mock::{MockHypervisor, MockVcpu, MockVcpuKick, MockVm};
 use crate::{
     Call, Capability, Context, Errno, Error, EventFd, ExitReply, Gsi, HostMemory, HostRange,
@@ -313,7 +313,8 @@ where
 /// The transcript of a run, and what the VMM saw.
 pub(super) fn recorded() -> (String, Vec<String>) {
     let file = File::default();
-    let record = Record::new(file.clone(), [("guest", "mocks")]);
+    let meta = Meta::from([("guest".to_owned(), "mocks".to_owned())]);
+    let record = Record::with_meta(file.clone(), &meta);
     let seen = vmm(&record.over(host()));
     record.finish().unwrap();
     (file.text(), seen)

@@ -110,7 +110,7 @@ fn members_that_do_not_belong_together() {
     }
     // A signal of what KVM was never given.
     let difference = second("{\"signal\":0,\"count\":4294967295}");
-    assert!(difference.to_string().contains("not given to signal"), "{difference}");
+    assert!(difference.to_string().contains("no call has named"), "{difference}");
 }
 
 #[test]

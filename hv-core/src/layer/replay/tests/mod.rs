@@ -3,7 +3,7 @@
 mod differences;
 mod guest;
 mod hostile;
-mod ring;
+mod waiting;
 
 use std::io::{self, Cursor, Write};
 use std::sync::{Arc, Mutex};
