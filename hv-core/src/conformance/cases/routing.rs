@@ -4,9 +4,7 @@ use crate::conformance::bench::{
     Bench, Drive, EDGE, LEVEL, await_signal, irqfd, message, msi_route, pin_route,
 };
 use crate::conformance::expect::{refused, same};
-use crate::conformance::{
-    Case, Checked, Guest as _, Kernels, Platform, RawRequest, RawRoute, Seen,
-};
+use crate::conformance::{Case, Checked, Guest as _, Kernels, Platform, Seen};
 use crate::{Errno, Gsi, IrqBackend, IrqchipId, Irqfd};
 
 pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
@@ -15,11 +13,6 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
             "table-before-irqchip",
             "A routing table is refused with EINVAL before there is an irqchip.",
             |p: &P| refused(p.vm()?.set_gsi_routing(&[]), Errno::EINVAL),
-        ),
-        Case::new(
-            "table-with-unknown-type",
-            "A table with an entry of a type KVM does not know is refused with EINVAL.",
-            unknown_type,
         ),
         Case::new(
             "refused-table-changes-nothing",
@@ -54,12 +47,6 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
         )
         .kernels(Kernels::Since(3, 7, "no resample irqfds")),
     ]
-}
-
-fn unknown_type<P: Platform>(p: &P) -> Checked {
-    let entries = vec![RawRoute { gsi: 30, kind: 99, ..RawRoute::default() }];
-    let request = RawRequest::SetGsiRouting { flags: 0, entries };
-    p.raw_refused(&p.vm_with_irqchip()?, &request, Errno::EINVAL)
 }
 
 fn refused_table_changes_nothing<P: Platform>(p: &P) -> Checked {
