@@ -43,8 +43,6 @@ pub(crate) struct KvmGuest {
     /// There are software KVMs that end an interrupt when it is taken. Cases that depend on it
     /// being in service look there; for the others it must make no difference.
     ended: Vec<u8>,
-    /// Vectors whose end the VMM was told of before the guest said so.
-    ended: Vec<u8>,
 }
 
 /// How a run of a snippet ended.
@@ -305,10 +303,6 @@ impl Guest for KvmGuest {
     }
 
     fn end_of_interrupt(&mut self, vector: u8) -> Checked<Seen> {
-        if let Some(index) = self.ended.iter().position(|&ended| ended == vector) {
-            self.ended.swap_remove(index);
-            return Ok(Seen::ByVmm(VcpuExit::IoapicEoi { vector }));
-        }
         let regs = kvm_regs { rdi: EOI, ..Default::default() };
         let exit = self.access(Snippet::Store(2), regs)?;
         let early = self.ended.iter().position(|ended| *ended == vector);
