@@ -2,6 +2,7 @@
 
 mod capabilities;
 mod dirty;
+mod exits;
 mod ioevents;
 mod irqfds;
 mod lines;
@@ -20,6 +21,7 @@ pub fn cases<P: Platform>() -> Vec<Case<P>> {
     let groups = [
         capabilities::cases(),
         order::cases(),
+        exits::cases(),
         tables::cases(),
         routing::cases(),
         irqfds::cases(),
