@@ -28,6 +28,7 @@ impl Irq {
             return false;
         };
         let effect = pins.ioapic.write(register, little_endian(data));
+        self.listeners_changed();
         if let ioapic::Effect::Unmasked(pin) = effect {
             self.unmasked(pin);
         }
@@ -40,11 +41,17 @@ impl Irq {
     }
 
     fn write_lapic(&mut self, vcpu: u32, register: u16, value: u32) {
+        self.listen(vcpu);
         let Some(lapic) = self.lapics.get_mut(vcpu) else {
             return;
         };
+        let before = lapic.address();
         match lapic.write(register, value) {
-            Effect::None => {}
+            Effect::None => {
+                if lapic.address() != before {
+                    self.listeners_changed();
+                }
+            }
             Effect::Send(message) => {
                 self.lapics.send(&message, Some(vcpu));
             }
@@ -103,7 +110,7 @@ impl Irq {
             return false;
         };
         let mine = match *data {
-            [value] => pins.pic.write(port, value),
+            [value] => pins.pic.write(port, value, self.lapics.any_takes_pic()),
             // A wider store is for the pair, and is ignored.
             _ => pins.pic.read(port).is_some(),
         };

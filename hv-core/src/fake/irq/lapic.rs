@@ -57,6 +57,9 @@ pub(super) struct Lapic {
     nmis: u8,
     /// The vector that ended with a store, for the VMM's I/O APIC.
     pub(super) exit_with: Option<u8>,
+    /// The vectors whose end somebody hears of, and as of which change of listeners.
+    pub(super) heard: Vec<u8>,
+    pub(super) listeners: Option<u64>,
     log: Vec<Interrupt>,
 }
 
@@ -72,6 +75,8 @@ impl Lapic {
             smi: false,
             nmis: 0,
             exit_with: None,
+            heard: Vec::new(),
+            listeners: None,
             log: Vec::new(),
         };
         lapic.reset();
@@ -202,6 +207,11 @@ impl Lapic {
     }
 
     // Whom messages are for.
+
+    /// All that decides which messages are for it.
+    pub(super) fn address(&self) -> [u32; 4] {
+        [ID, LDR, DFR, SPIV].map(|register| self.get(register))
+    }
 
     /// Enabled by software, without which no vector is taken.
     pub(super) fn enabled(&self) -> bool {
@@ -346,6 +356,11 @@ impl Lapic {
         let was = self.bit(ISR, vector);
         self.set_bit(ISR, vector, false);
         was
+    }
+
+    /// Whether a vector is requested or in service.
+    pub(super) fn has(&self, vector: u8) -> bool {
+        self.bit(IRR, vector) || self.bit(ISR, vector)
     }
 
     /// Whether the last interrupt with this vector was level-triggered.

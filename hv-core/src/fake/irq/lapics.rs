@@ -39,6 +39,11 @@ impl Lapics {
         self.0.iter_mut().find(|lapic| lapic.vcpu() == vcpu)
     }
 
+    /// Whether the 8259 pair is wired to any of them.
+    pub(super) fn any_takes_pic(&self) -> bool {
+        self.0.iter().any(Lapic::takes_pic)
+    }
+
     /// Sends a message that comes from a device, or from the local APIC of vCPU `source`.
     pub(super) fn send(&mut self, message: &Message, source: Option<u32>) -> Outcome {
         self.send_by_map(message, source).unwrap_or_else(|| self.send_to_all(message, source))

@@ -75,6 +75,8 @@ pub(in crate::fake) struct Irq {
     irqfds: Irqfds,
     pins: Option<Pins>,
     lapics: Lapics,
+    /// How often it has changed who hears of the end of an interrupt.
+    listeners: u64,
     findings: Vec<Finding>,
 }
 
@@ -91,6 +93,7 @@ impl Irq {
             irqfds: Irqfds::new()?,
             pins: None,
             lapics: Lapics::default(),
+            listeners: 0,
             findings: Vec::new(),
         })
     }
@@ -150,6 +153,7 @@ impl Irq {
             |gsi: &Gsi| table.targets(*gsi).is_empty() && !self.table.targets(*gsi).is_empty();
         let cut_off: Vec<_> = self.irqfds.list().map(|irqfd| irqfd.gsi).filter(cut_off).collect();
         self.table = table;
+        self.listeners_changed();
         for gsi in cut_off {
             self.find(Finding::UnroutedIrqfd { gsi });
         }
@@ -175,6 +179,9 @@ impl Irq {
             self.release(irqfd); // KVM had set up the resampler by then
         }
         let signalled = assigned?;
+        if irqfd.resample.is_some() {
+            self.listeners_changed();
+        }
         let (gsi, limit) = (irqfd.gsi, self.limits.routes);
         if gsi.0 >= limit {
             self.find(Finding::GsiOutOfRange { gsi, limit });
@@ -211,6 +218,7 @@ impl Irq {
     /// The last resampler of a GSI takes its level with it.
     fn release(&mut self, gone: &Irqfd) {
         if gone.resample.is_some() && !self.irqfds.resamples(gone.gsi) {
+            self.listeners_changed();
             self.drive(gone.gsi, Source::Resample, false);
         }
     }
@@ -336,6 +344,7 @@ impl Irq {
             _ => Err(Errno::EINVAL),
         };
         pins.pic.cascade();
+        self.listeners_changed();
         result
     }
 
@@ -354,7 +363,12 @@ impl Irq {
     ) -> Result<(), Errno> {
         self.kind.ok_or(Errno::EINVAL)?;
         let page: [u8; PAGE] = state.regs.map(|byte| byte as u8);
-        self.lapics.get_mut(vcpu).ok_or(Errno::EINVAL)?.set_page(page);
+        let lapic = self.lapics.get_mut(vcpu).ok_or(Errno::EINVAL)?;
+        let before = lapic.address();
+        lapic.set_page(page);
+        if lapic.address() != before {
+            self.listeners_changed();
+        }
         Ok(())
     }
 }

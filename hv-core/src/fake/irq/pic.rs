@@ -88,11 +88,12 @@ impl Chip {
         self.0.irq_base.wrapping_add(pin)
     }
 
-    /// A store to the command port; the pin it ended.
-    fn command(&mut self, value: u8) -> Option<u8> {
+    /// A store to the command port.
+    fn command(&mut self, value: u8, wired: bool) -> Reaction {
         if value & 0x10 != 0 {
-            self.initialize(value);
-        } else if value & 0x08 != 0 {
+            return self.initialize(value, wired);
+        }
+        if value & 0x08 != 0 {
             if value & 0x04 != 0 {
                 self.0.poll = 1;
             }
@@ -105,52 +106,61 @@ impl Chip {
         } else {
             return self.operate(value);
         }
-        None
+        Reaction::NONE
     }
 
-    /// The first initialization command word.
-    fn initialize(&mut self, value: u8) {
+    /// The first initialization command word. Edges are forgotten, and have ended if the pair is
+    /// wired to a processor.
+    fn initialize(&mut self, value: u8, wired: bool) -> Reaction {
         let old = self.0;
+        let ended = if wired { old.irr & !old.elcr } else { 0 };
         self.0 = kvm_pic_state {
-            irr: old.irr & old.elcr, // edges are forgotten
+            irr: old.irr & old.elcr,
+            isr: old.isr & !ended,
             irq_base: old.irq_base,
+            rotate_on_auto_eoi: old.rotate_on_auto_eoi,
+            poll: old.poll,
             init_state: 1,
             init4: value & 1,
             elcr: old.elcr,
             elcr_mask: old.elcr_mask,
-            isr: old.isr & !(old.irr & !old.elcr),
             ..kvm_pic_state::default()
         };
         if self.0.init4 != 0 {
             self.0.special_fully_nested_mode = old.special_fully_nested_mode;
             self.0.auto_eoi = old.auto_eoi;
         }
+        Reaction { ended, ask: false }
     }
 
     /// The second operation command word: ends and rotations.
-    fn operate(&mut self, value: u8) -> Option<u8> {
+    fn operate(&mut self, value: u8) -> Reaction {
         let (command, named) = (value >> 5, value & 7);
         let ended = match command {
-            1 | 5 => Some(self.pin_of(self.priority(self.0.isr)?)),
+            1 | 5 => self.priority(self.0.isr).map(|current| self.pin_of(current)),
             3 | 7 => Some(named),
+            6 => {
+                self.0.priority_add = named.wrapping_add(1) & 7;
+                return Reaction::ASK;
+            }
+            0 | 4 => {
+                self.0.rotate_on_auto_eoi = command >> 2;
+                None
+            }
             _ => None,
         };
-        match command {
-            0 | 4 => self.0.rotate_on_auto_eoi = command >> 2,
-            6 => self.0.priority_add = named.wrapping_add(1) & 7,
-            _ => {}
+        let Some(pin) = ended else {
+            return Reaction::NONE;
+        };
+        self.0.isr &= !(1 << pin);
+        if command & 4 != 0 {
+            self.0.priority_add = pin.wrapping_add(1) & 7;
         }
-        if let Some(pin) = ended {
-            self.0.isr &= !(1 << pin);
-            if command & 4 != 0 {
-                self.0.priority_add = pin.wrapping_add(1) & 7;
-            }
-        }
-        ended
+        Reaction { ended: 1 << pin, ask: true }
     }
 
     /// A store to the data port.
-    fn data(&mut self, value: u8) {
+    fn data(&mut self, value: u8) -> Reaction {
         let state = &mut self.0;
         state.init_state = match state.init_state {
             1 => {
@@ -166,9 +176,10 @@ impl Chip {
             }
             _ => {
                 state.imr = value;
-                0
+                return Reaction::ASK;
             }
         };
+        Reaction::NONE
     }
 
     fn read(&self, data: bool) -> u8 {
@@ -178,6 +189,20 @@ impl Chip {
             false => self.0.irr,
         }
     }
+}
+
+/// What a store has set off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Reaction {
+    /// These pins have ended.
+    ended: u8,
+    /// Another pin may be the most urgent now.
+    ask: bool,
+}
+
+impl Reaction {
+    const NONE: Self = Self { ended: 0, ask: false };
+    const ASK: Self = Self { ended: 0, ask: true };
 }
 
 /// Which of the two.
@@ -267,25 +292,35 @@ impl Pic {
             (pin < 8 && chip.0.isr & 1 << pin != 0).then_some(pin)
         };
         if let Some(pin) = in_service(&self.slave) {
-            self.command(Which::Slave, 0x60 | pin);
-            self.command(Which::Master, 0x60 | CASCADE);
+            self.command(Which::Slave, 0x60 | pin, true);
+            self.command(Which::Master, 0x60 | CASCADE, true);
         } else if let Some(pin) = in_service(&self.master) {
-            self.command(Which::Master, 0x60 | pin);
+            self.command(Which::Master, 0x60 | pin, true);
         } else {
             return false;
         }
         true
     }
 
-    fn command(&mut self, which: Which, value: u8) {
-        let (chip, first) = match which {
-            Which::Master => (&mut self.master, 0),
-            Which::Slave => (&mut self.slave, 8),
-        };
-        if let Some(pin) = chip.command(value) {
-            self.ended |= 1 << (pin + first);
+    fn command(&mut self, which: Which, value: u8, wired: bool) {
+        let reaction = self.chip(which).command(value, wired);
+        self.ended |= u16::from(reaction.ended) << if which == Which::Slave { 8 } else { 0 };
+        if reaction.ask {
+            self.cascade();
         }
-        self.cascade();
+    }
+
+    fn data(&mut self, which: Which, value: u8) {
+        if self.chip(which).data(value).ask {
+            self.cascade();
+        }
+    }
+
+    fn chip(&mut self, which: Which) -> &mut Chip {
+        match which {
+            Which::Master => &mut self.master,
+            Which::Slave => &mut self.slave,
+        }
     }
 
     /// The pins (0 to 15) that have ended since this was last asked.
@@ -294,18 +329,18 @@ impl Pic {
         (0..16).filter(move |pin| ended & 1 << pin != 0)
     }
 
-    /// A store to a port; `false` if the port is not one of the pair's.
-    pub(super) fn write(&mut self, port: u16, value: u8) -> bool {
+    /// A store to a port; `false` if the port is not one of the pair's. `wired`: some local APIC lets
+    /// the pair through.
+    pub(super) fn write(&mut self, port: u16, value: u8, wired: bool) -> bool {
         match port {
-            MASTER_COMMAND => self.command(Which::Master, value),
-            SLAVE_COMMAND => self.command(Which::Slave, value),
-            0x21 => self.master.data(value),
-            0xa1 => self.slave.data(value),
+            MASTER_COMMAND => self.command(Which::Master, value, wired),
+            SLAVE_COMMAND => self.command(Which::Slave, value, wired),
+            0x21 => self.data(Which::Master, value),
+            0xa1 => self.data(Which::Slave, value),
             ELCR => self.master.0.elcr = value & self.master.0.elcr_mask,
             0x4d1 => self.slave.0.elcr = value & self.slave.0.elcr_mask,
             _ => return false,
         }
-        self.cascade();
         true
     }
 
@@ -330,10 +365,7 @@ impl Pic {
 
     /// Sets them (`KVM_SET_IRQCHIP`); [`Self::cascade`] is due then.
     pub(super) fn set_registers(&mut self, which: Which, registers: kvm_pic_state) {
-        match which {
-            Which::Master => self.master.0 = registers,
-            Which::Slave => self.slave.0 = registers,
-        }
+        self.chip(which).0 = registers;
     }
 }
 
@@ -354,7 +386,7 @@ mod tests {
             (0xa1, 2),
             (0xa1, 1),
         ] {
-            assert!(pic.write(port, value));
+            assert!(pic.write(port, value, true));
         }
         pic
     }
@@ -383,7 +415,7 @@ mod tests {
     #[test]
     fn a_level_is_served_as_long_as_it_is_high() {
         let mut pic = pic();
-        pic.write(0x4d1, 0xff);
+        pic.write(0x4d1, 0xff, true);
         assert_eq!(pic.read(0x4d1), Some(0xde), "the clock and the FPU are edges");
         set(&mut pic, 11, true);
         assert_eq!(pic.acknowledge(), 0x2b);
@@ -397,11 +429,11 @@ mod tests {
     #[test]
     fn a_masked_edge_is_kept() {
         let mut pic = pic();
-        pic.write(0x21, 0xff);
+        pic.write(0x21, 0xff, true);
         assert_eq!(set(&mut pic, 4, true), Outcome::Kept);
         set(&mut pic, 4, false);
         assert!(!pic.asks());
-        pic.write(0x21, 0xef);
+        pic.write(0x21, 0xef, true);
         assert_eq!(pic.acknowledge(), 0x24);
     }
 
@@ -414,7 +446,7 @@ mod tests {
         assert!(!pic.asks());
         set(&mut pic, 10, true);
         assert_eq!(pic.acknowledge(), 0x2a, "the slave is at pin 2");
-        pic.write(0x20, 0xe4); // ends 4 and makes it the least urgent: 5 and 6 come first
+        pic.write(0x20, 0xe4, true); // ends 4 and makes it the least urgent: 5 and 6 come first
         assert_eq!(pic.acknowledge(), 0x26);
         set(&mut pic, 4, false);
         set(&mut pic, 4, true);
@@ -429,7 +461,7 @@ mod tests {
     fn automatic_end() {
         let mut pic = pic();
         for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 3)] {
-            pic.write(port, value);
+            pic.write(port, value, true);
         }
         set(&mut pic, 4, true);
         assert_eq!(pic.acknowledge(), 0x24);
@@ -444,10 +476,10 @@ mod tests {
         set(&mut pic, 5, true);
         assert_eq!(pic.read(0x20), Some(0x20));
         pic.acknowledge();
-        pic.write(0x20, 0x0b);
+        pic.write(0x20, 0x0b, true);
         assert_eq!(pic.read(0x20), Some(0x20), "in service");
         assert_eq!(pic.read(0x22), None);
-        assert!(!pic.write(0x22, 0));
+        assert!(!pic.write(0x22, 0, true));
         let hostile =
             kvm_pic_state { priority_add: 0xff, irq_base: 0xff, irr: 0xff, ..pic.master.0 };
         for which in [Which::Master, Which::Slave] {
@@ -457,8 +489,8 @@ mod tests {
         for value in 0..=255 {
             pic.acknowledge();
             pic.end(value);
-            pic.write(0x20, value);
-            pic.write(0xa1, value);
+            pic.write(0x20, value, true);
+            pic.write(0xa1, value, true);
         }
     }
 }

@@ -4,7 +4,8 @@
 use super::ioapic::Source;
 use super::lapic::Lapic;
 use super::message::Message;
-use super::{Interrupt, Irq, Kind, lapics};
+use super::routing::IOAPIC_PINS;
+use super::{Interrupt, Irq, lapics};
 use crate::{IrqchipId, RouteTarget};
 
 impl Irq {
@@ -36,6 +37,7 @@ impl Irq {
             return Vec::new();
         };
         let mut taken = lapic.take_events();
+        self.listen(vcpu);
         // One per pin at most: one that ends by itself and is level-triggered would go on for ever.
         for _ in 0..16 {
             let Some(vector) = self.take_from_pic(vcpu) else {
@@ -54,7 +56,7 @@ impl Irq {
             lapic.begin(vector);
             taken.push(Interrupt::Fixed(vector));
             if !lapic.level(vector)
-                && !self.end_is_heard(vcpu, vector)
+                && !self.is_heard(vcpu, vector)
                 && let Some(lapic) = self.lapics.get_mut(vcpu)
             {
                 lapic.end(vector);
@@ -82,6 +84,7 @@ impl Irq {
     /// The guest ends a vector that is in service, at the local APIC or else at the 8259 pair; any
     /// other is no harm. In split mode: the vector with which `KVM_EXIT_IOAPIC_EOI` is due.
     pub(in crate::fake) fn end_of_interrupt(&mut self, vcpu: u32, vector: u8) -> Option<u8> {
+        self.listen(vcpu);
         if self.lapics.get_mut(vcpu).is_some_and(|lapic| lapic.end(vector)) {
             return self.ended(vcpu, vector);
         }
@@ -99,55 +102,62 @@ impl Irq {
         self.lapics.get_mut(vcpu)?.exit_with.take()
     }
 
-    /// Whether the end of a vector on this vCPU is anyone's business.
-    fn end_is_heard(&self, vcpu: u32, vector: u8) -> bool {
-        match self.kind {
-            None => false,
-            Some(Kind::Full) => !self.pins_that_hear(vcpu, vector).is_empty(),
-            Some(Kind::Split) => self.exits_with(vcpu, vector),
+    /// Who hears of ends has changed, on any vCPU.
+    pub(super) fn listeners_changed(&mut self) {
+        self.listeners = self.listeners.wrapping_add(1);
+    }
+
+    /// Brings up to date whose end is heard on a vCPU. A vector that is pending or in service when
+    /// its route leads elsewhere is still heard when it ends.
+    pub(super) fn listen(&mut self, vcpu: u32) {
+        let current = Some(self.listeners);
+        let Some(lapic) = self.lapics.get(vcpu).filter(|lapic| lapic.listeners != current) else {
+            return;
+        };
+        let mut heard = self.heard_messages();
+        heard.retain(|message| {
+            lapics::meant(lapic, message.destination, None) || lapic.has(message.vector)
+        });
+        if let Some(lapic) = self.lapics.get_mut(vcpu) {
+            lapic.listeners = current;
+            lapic.heard = heard.into_iter().map(|message| message.vector).collect();
         }
     }
 
-    /// The pins of the I/O APIC that hear of the end: those with this vector and destination that
-    /// are level-triggered or have a resampler.
-    fn pins_that_hear(&self, vcpu: u32, vector: u8) -> Vec<u32> {
-        let (Some(pins), Some(lapic)) = (&self.pins, self.lapics.get(vcpu)) else {
-            return Vec::new();
-        };
-        let mut heard = pins.ioapic.pins_of(vector);
-        heard.retain(|&pin| {
-            let message = pins.ioapic.message(pin);
-            let gsi = self.table.gsi_of(IrqchipId::IOAPIC, pin);
-            (message.level || gsi.is_some_and(|gsi| self.irqfds.resamples(gsi)))
-                && (lapics::meant(lapic, message.destination, None) || lapic.level(vector))
+    /// The messages whose ends are heard: of level-triggered pins, pins with a resampler, and
+    /// level-triggered routes of the VMM's I/O APIC.
+    fn heard_messages(&self) -> Vec<Message> {
+        if let Some(pins) = &self.pins {
+            let resampled = |pin| {
+                let gsi = self.table.gsi_of(IrqchipId::IOAPIC, pin);
+                gsi.is_some_and(|gsi| self.irqfds.resamples(gsi))
+            };
+            let pins = (0..IOAPIC_PINS).map(|pin| (pin, pins.ioapic.message(pin)));
+            let heard = pins.filter(|&(pin, message)| message.level || resampled(pin));
+            return heard.map(|(_, message)| message).collect();
+        }
+        let reserved = self.table.routes().iter().filter(|route| route.gsi.0 < self.reserved);
+        let messages = reserved.filter_map(|route| match route.target {
+            RouteTarget::Msi(msi) => Some(Message::from_msi(msi, self.wide_ids)),
+            RouteTarget::Pin { .. } | RouteTarget::HypervSint { .. } => None,
         });
-        heard
+        messages.filter(|message| message.level).collect()
     }
 
-    /// Whether the VMM's I/O APIC hears of the end: a level-triggered route of one of its GSIs has
-    /// this vector and destination.
-    fn exits_with(&self, vcpu: u32, vector: u8) -> bool {
-        let Some(lapic) = self.lapics.get(vcpu) else {
-            return false;
-        };
-        self.table.routes().iter().filter(|route| route.gsi.0 < self.reserved).any(|route| {
-            let RouteTarget::Msi(msi) = route.target else {
-                return false;
-            };
-            let message = Message::from_msi(msi, self.wide_ids);
-            message.level
-                && message.vector == vector
-                && (lapics::meant(lapic, message.destination, None) || lapic.level(vector))
-        })
+    fn is_heard(&self, vcpu: u32, vector: u8) -> bool {
+        self.lapics.get(vcpu).is_some_and(|lapic| lapic.heard.contains(&vector))
     }
 
     /// A vector is no longer in service at a local APIC.
     pub(super) fn ended(&mut self, vcpu: u32, vector: u8) -> Option<u8> {
-        if self.kind == Some(Kind::Split) {
-            return self.exits_with(vcpu, vector).then_some(vector);
+        if !self.is_heard(vcpu, vector) {
+            return None;
         }
+        let Some(pins) = &self.pins else {
+            return Some(vector);
+        };
         let was_level = self.lapics.get(vcpu).is_some_and(|lapic| lapic.level(vector));
-        for pin in self.pins_that_hear(vcpu, vector) {
+        for pin in pins.ioapic.pins_of(vector) {
             self.acknowledged(IrqchipId::IOAPIC, pin);
             if let Some(pins) = &mut self.pins {
                 pins.ioapic.end(pin, was_level, &mut self.lapics);
