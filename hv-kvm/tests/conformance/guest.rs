@@ -1,5 +1,6 @@
 //! A guest of the conformance suite: a vCPU in 64-bit mode that is started anew for every access.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
@@ -152,21 +153,30 @@ impl KvmGuest {
     /// The next exit; a guest that never comes back is stopped.
     fn next_exit(&mut self) -> Checked<VcpuExit> {
         let kick = self.vcpu.kicker();
+        let late = AtomicBool::new(false);
         let (returned, returns) = mpsc::channel::<()>();
         thread::scope(|scope| {
-            let watch = scope.spawn(move || {
-                let late = returns.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout);
-                late && kick.kick().is_ok()
+            let late = &late;
+            scope.spawn(move || {
+                // Nothing is ever sent: either the other end goes, or time runs out.
+                if returns.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                    late.store(true, Ordering::SeqCst);
+                    kick.kick()
+                } else {
+                    Ok(())
+                }
             });
             let exit = loop {
                 match self.vcpu.run() {
-                    Ok(VcpuExit::Interrupted) if !watch.is_finished() => {}
+                    Ok(VcpuExit::Interrupted) if !late.load(Ordering::SeqCst) => {}
                     exit => break exit,
                 }
             };
             drop(returned);
             match exit? {
-                VcpuExit::Interrupted => Err(Miss::failed("the guest never came back")),
+                VcpuExit::Interrupted => {
+                    Err(Miss::failed(format!("the guest did not come back within {PATIENCE:?}")))
+                }
                 exit => Ok(exit),
             }
         })

@@ -6,8 +6,8 @@ mod raw;
 
 use std::fs;
 
-use hv_core::Errno;
 use hv_core::conformance::{Checked, Platform, RawRequest};
+use hv_core::{Errno, Hypervisor};
 use hv_kvm::{Kvm, KvmVcpu, KvmVm};
 
 use self::guest::KvmGuest;
@@ -21,7 +21,9 @@ pub(crate) struct DevKvm {
 impl DevKvm {
     pub(crate) fn open() -> Self {
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-        Self { kvm: crate::common::kvm(), release: release.trim().to_owned() }
+        let kvm = crate::common::kvm();
+        kvm.install_kick().unwrap();
+        Self { kvm, release: release.trim().to_owned() }
     }
 }
 
