@@ -104,13 +104,14 @@ pub enum Difference {
         /// Why it will not come any more.
         why: Why,
     },
-    /// The VMM did not make the call whose turn it was while others waited for theirs.
+    /// Nothing happened for too long while a call waited for its turn.
     #[error("{}", Waited { line: *.line, expected, limit: *.limit, waiting })]
     Stuck {
-        /// The line of the transcript.
+        /// The line of the transcript whose turn it was.
         line: u64,
-        /// The call that stands there.
-        expected: Made,
+        /// The call that stands there and was not made. `None` if the one before was not written
+        /// down by the [`Record`](crate::layer::Record) over this replay.
+        expected: Option<Made>,
         /// How long nothing happened.
         limit: Duration,
         /// A call that waited.
@@ -178,7 +179,7 @@ impl fmt::Display for Shown<'_> {
 
 struct Waited<'a> {
     line: u64,
-    expected: &'a Made,
+    expected: &'a Option<Made>,
     limit: Duration,
     waiting: &'a Made,
 }
@@ -186,8 +187,17 @@ struct Waited<'a> {
 impl fmt::Display for Waited<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { line, expected, limit, waiting } = self;
-        writeln!(f, "line {line} of the transcript was not called within {limit:?}")?;
-        writeln!(f, "  expected: {expected}")?;
+        match expected {
+            Some(expected) => {
+                writeln!(f, "line {line} of the transcript was not called within {limit:?}")?;
+                writeln!(f, "  expected: {expected}")?;
+            }
+            None => writeln!(
+                f,
+                "the call before line {line} of the transcript was not recorded within {limit:?}: \
+                 all calls must come through the layer that records"
+            )?,
+        }
         write!(f, "  waiting:  {waiting}")
     }
 }

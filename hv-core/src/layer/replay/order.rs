@@ -113,6 +113,7 @@ impl Order {
         taken: impl FnOnce(&Names, &CallLine),
     ) -> Result<Turned, Error> {
         let mut state = self.lock();
+        let since = Instant::now();
         // The line that is waited for.
         let mut awaited = None;
         loop {
@@ -129,9 +130,9 @@ impl Order {
                     return Ok(Turned::Line(number, line));
                 }
                 Ok(Progress::Unwritten) => return Ok(Turned::Unwritten),
-                Ok(Progress::Wait) => state = self.wait(state, calling),
+                Ok(Progress::Wait) => state = self.wait(state, calling, since),
                 Err(difference) => {
-                    let error = state.stop(calling.call(), difference);
+                    let error = state.stop(calling.call(), *difference);
                     self.moved.notify_all();
                     return Err(error);
                 }
@@ -139,27 +140,35 @@ impl Order {
         }
     }
 
-    /// Waits until something happens, or stops the replay because nothing does.
+    /// Waits until something happens, or stops the replay because nothing does, neither `since` nor
+    /// for as long before.
     fn wait<'a>(
         &self,
-        state: MutexGuard<'a, State>,
+        mut state: MutexGuard<'a, State>,
         calling: Calling<'_>,
+        since: Instant,
     ) -> MutexGuard<'a, State> {
-        let left = self.limit.saturating_sub(state.progress.elapsed());
-        if left.is_zero() {
-            let mut state = state;
-            let waiting = calling.made(&state.names_for(calling));
-            if let Next::Call(line, expected) = state.ahead.next() {
-                let expected = Made::from(expected);
-                let stuck = Difference::Stuck { line, expected, limit: self.limit, waiting };
-                state.stop(calling.call(), stuck);
-            } else {
-                state.stop(calling.call(), Difference::Extra { actual: waiting });
-            }
-            self.moved.notify_all();
-            return state;
+        let idle = state.progress.max(since).elapsed();
+        let left = self.limit.saturating_sub(idle);
+        if !left.is_zero() {
+            return self.moved.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        self.moved.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+        let waiting = calling.made(&state.names_for(calling));
+        let (line, expected) = match state.ahead.next() {
+            Next::Call(line, expected) if state.is_free() => (line, Some(expected.into())),
+            Next::Call(line, _) | Next::Signal { number: line, .. } => (line, None),
+            Next::End | Next::Unreadable(_) => (0, None),
+        };
+        state
+            .stop(calling.call(), Difference::Stuck { line, expected, limit: self.limit, waiting });
+        self.moved.notify_all();
+        state
+    }
+
+    /// Lets the last line have been used `time` ago.
+    #[cfg(test)]
+    pub(super) fn was_idle(&self, time: Duration) {
+        self.lock().progress = Instant::now().checked_sub(time).unwrap();
     }
 
     /// Stops the replay from outside a call.
@@ -246,7 +255,7 @@ impl State {
         &mut self,
         calling: Calling<'_>,
         awaited: &mut Option<u64>,
-    ) -> Result<Progress, Difference> {
+    ) -> Result<Progress, Box<Difference>> {
         if let Object::Kick { vm, id } = calling.on
             && self.is_redundant(vm, id)
         {
@@ -258,7 +267,7 @@ impl State {
         }
         let next = match self.ahead.next() {
             Next::Call(number, _) => Some(number),
-            Next::Unreadable(error) => return Err(error.clone().into()),
+            Next::Unreadable(error) => return Err(Box::new(error.clone().into())),
             Next::Signal { .. } | Next::End => None,
         };
         // What was awaited may have been the call of another thread.
@@ -275,7 +284,8 @@ impl State {
                 let actual = calling.made(&names);
                 if !actual.is(line) {
                     let (expected, later) = (Made::from(line), self.later(number, &actual));
-                    return Err(Difference::Other { line: number, expected, actual, later });
+                    let line = number;
+                    return Err(Box::new(Difference::Other { line, expected, actual, later }));
                 }
                 if calling.names_eventfds() {
                     self.names = names;
@@ -292,7 +302,7 @@ impl State {
     }
 
     /// The line a call has to wait for; `None` if it may be one that is not known yet.
-    fn find(&mut self, calling: Calling<'_>) -> Result<Option<u64>, Difference> {
+    fn find(&mut self, calling: Calling<'_>) -> Result<Option<u64>, Box<Difference>> {
         // An eventfd that has no name yet may get another one than it would get now.
         let names = self.names_for(calling);
         let actual = calling.made(&names);
@@ -319,10 +329,12 @@ impl State {
         let ((line, expected), later) = match (skipped, first) {
             (Some((before, number)), _) => (before, Some(number)),
             (None, Some(first)) => (first, self.later(first.0, &actual)),
-            (None, None) if self.is_extra(calling) => return Err(Difference::Extra { actual }),
+            (None, None) if self.is_extra(calling) => {
+                return Err(Box::new(Difference::Extra { actual }));
+            }
             (None, None) => return Ok(None),
         };
-        Err(Difference::Other { line, expected: expected.into(), actual, later })
+        Err(Box::new(Difference::Other { line, expected: expected.into(), actual, later }))
     }
 
     /// The first line after `line` that is `made`.

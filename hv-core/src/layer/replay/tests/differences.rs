@@ -8,8 +8,10 @@ use crate::{
     RouteTarget, Vm,
 };
 
+type Step<V> = fn(&V) -> Result<(), Error>;
+
 /// One thread that sets up a VM, in the order of `steps`.
-fn set_up<H: Hypervisor>(kvm: &H, steps: &[fn(&H::Vm) -> Result<(), Error>]) -> Result<(), Error> {
+fn set_up<H: Hypervisor>(kvm: &H, steps: &[Step<H::Vm>]) -> Result<(), Error> {
     kvm.check_extension(Capability::IrqRouting)?;
     let vm = kvm.create_vm(0)?;
     steps.iter().try_for_each(|step| step(&vm))

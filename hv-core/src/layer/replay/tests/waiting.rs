@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::replay;
-use crate::layer::{Difference, Replay, Why};
+use crate::layer::{Difference, Record, Replay, Why};
 use crate::{Errno, Gsi, Hypervisor, IrqBackend, Vcpu, VcpuExit, VcpuKick, Vm};
 
 /// A transcript of a VM with a vCPU, then `lines`.
@@ -131,4 +131,33 @@ fn who_waits_hears_of_a_difference_elsewhere() {
         assert_eq!(line.join().unwrap(), Err(error));
     });
     assert_eq!(kvm.difference().unwrap().line(), Some(5));
+}
+
+#[test]
+fn who_was_busy_for_longer_than_the_limit_is_not_late() {
+    let limit = Duration::from_secs(30);
+    let text = transcript(&[HLT, LINE]);
+    let kvm = Replay::with_limit(std::io::Cursor::new(text), limit).unwrap();
+    let (vm, mut vcpu) = machine(&kvm);
+    kvm.order().was_idle(limit * 2);
+    thread::scope(|threads| {
+        let line = threads.spawn(|| vm.irq_line(Gsi(4), true));
+        // Long enough for it to be late, if it were.
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(vcpu.run(), Ok(VcpuExit::Hlt));
+        assert_eq!(line.join().unwrap(), Ok(()));
+    });
+    kvm.finish().unwrap();
+}
+
+#[test]
+fn a_record_of_a_replay_that_calls_pass_by_is_told() {
+    let limit = Duration::from_millis(20);
+    let text = transcript(&[LINE, LINE]);
+    let kvm = Replay::with_limit(std::io::Cursor::new(text), limit).unwrap();
+    let _record = Record::of_replay(std::io::sink(), &kvm);
+    let error = kvm.create_vm(0).unwrap().create_vcpu(1).err().unwrap();
+    assert_eq!(error.errno, Errno::EPROTO);
+    let text = kvm.difference().unwrap().to_string();
+    assert!(text.contains("all calls must come through the layer that records"), "{text}");
 }
