@@ -204,7 +204,7 @@ pub(super) fn fill_msrs(
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ran<'a> {
     /// Why.
-    pub exit: VcpuExit,
+    pub exit: &'a VcpuExit,
     /// The bytes of a port output, if the interceptor
     /// [wants them](super::Interceptor::wants_data).
     pub data: &'a [u8],
@@ -215,7 +215,7 @@ pub struct Ran<'a> {
 impl Answer for Ran<'_> {
     fn write<S: Serializer>(&self, _: &Names, to: S) -> Result<S::Ok, S::Error> {
         let mut map = to.serialize_map(None)?;
-        map.serialize_entry("exit", &ExitForm::of(&self.exit))?;
+        map.serialize_entry("exit", &ExitForm::of(self.exit))?;
         if !self.data.is_empty() {
             map.serialize_entry("data", &Bytes(self.data))?;
         }

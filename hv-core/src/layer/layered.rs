@@ -270,19 +270,18 @@ impl<V, I> LayeredVcpu<V, I> {
     }
 }
 
-/// Runs the vCPU; with `wants`, with all that is known of its exit.
+/// What there is to see of a run that ended with `exit`; with `wants`, all that is known.
 #[inline]
-fn run<V: Vcpu>(vcpu: &mut V, wants: bool) -> Result<Ran<'_>, Error> {
-    let exit = vcpu.run()?;
+fn seen<'a, V: Vcpu>(vcpu: &'a mut V, exit: &'a VcpuExit, wants: bool) -> Ran<'a> {
     if !wants {
-        return Ok(Ran { exit, data: &[], interrupts: None });
+        return Ran { exit, data: &[], interrupts: None };
     }
     let interrupts = Some(vcpu.interrupt_state());
     let data: &[u8] = match exit {
         VcpuExit::Io(io) if io.direction == IoDirection::Out => vcpu.io_data(),
         _ => &[],
     };
-    Ok(Ran { exit, data, interrupts })
+    Ran { exit, data, interrupts }
 }
 
 impl<V: Vcpu, I: Interceptor> Vcpu for LayeredVcpu<V, I> {
@@ -310,11 +309,19 @@ impl<V: Vcpu, I: Interceptor> Vcpu for LayeredVcpu<V, I> {
         } else {
             Turn::default()
         };
-        let inner = &mut self.inner;
-        let ran = self.interceptor.call(object, Request::Run(turn), || run(inner, wants));
-        let exit = ran.map(|ran| ran.exit);
-        self.input =
-            wants && matches!(exit, Ok(VcpuExit::Io(io)) if io.direction == IoDirection::In);
+        // An exit is large: it stays where it is returned from, and is only lent.
+        let mut exit = Ok(VcpuExit::Interrupted);
+        let (inner, to) = (&mut self.inner, &mut exit);
+        let ran = self.interceptor.call(object, Request::Run(turn), move || {
+            *to = inner.run();
+            to.as_ref().map(|exit| seen(inner, exit, wants)).map_err(|error| *error)
+        });
+        if let Err(error) = ran {
+            exit = Err(error);
+        }
+        if wants {
+            self.input = matches!(exit, Ok(VcpuExit::Io(io)) if io.direction == IoDirection::In);
+        }
         exit
     }
 

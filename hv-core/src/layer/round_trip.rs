@@ -197,7 +197,7 @@ fn exits_with_their_data_and_the_state_of_interrupts() {
     ];
     for exit in exits {
         for (interrupts, data) in states.into_iter().zip([&[][..], &[0, 1, 0xff]]) {
-            let written = text(&Ran { exit, data, interrupts: Some(interrupts) });
+            let written = text(&Ran { exit: &exit, data, interrupts: Some(interrupts) });
             let read = RanBefore::from_json(serde_json::from_str(&written).unwrap());
             let read = read.unwrap_or_else(|e| panic!("{e}: {written}"));
             assert_eq!(read, RanBefore { exit, data: data.to_vec(), interrupts }, "{written}");
