@@ -363,12 +363,8 @@ impl Irq {
     ) -> Result<(), Errno> {
         self.kind.ok_or(Errno::EINVAL)?;
         let page: [u8; PAGE] = state.regs.map(|byte| byte as u8);
-        let lapic = self.lapics.get_mut(vcpu).ok_or(Errno::EINVAL)?;
-        let before = lapic.address();
-        lapic.set_page(page);
-        if lapic.address() != before {
-            self.listeners_changed();
-        }
+        self.lapics.get_mut(vcpu).ok_or(Errno::EINVAL)?.set_page(page);
+        self.listeners_changed();
         Ok(())
     }
 }

@@ -458,6 +458,20 @@ mod tests {
     }
 
     #[test]
+    fn initializing_forgets_edges() {
+        for wired in [true, false] {
+            let mut pic = pic();
+            set(&mut pic, 4, true);
+            pic.acknowledge();
+            set(&mut pic, 4, false);
+            set(&mut pic, 4, true);
+            assert!(pic.write(0x20, 0x11, wired));
+            assert_eq!((pic.master.0.irr, pic.master.0.isr), (0, if wired { 0 } else { 0x10 }));
+            assert_eq!(pic.take_ended().count(), usize::from(wired));
+        }
+    }
+
+    #[test]
     fn automatic_end() {
         let mut pic = pic();
         for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 3)] {

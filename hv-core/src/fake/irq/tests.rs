@@ -346,6 +346,25 @@ fn in_split_mode_the_end_of_a_reserved_level_exits() {
 }
 
 #[test]
+fn an_end_is_heard_though_the_route_has_gone_elsewhere() {
+    for (begun, exit) in [(true, Some(0x51)), (false, None)] {
+        let mut irq = split(24);
+        let here = msi_route(5, 0x8051);
+        let elsewhere = Msi { address: 0xfee0_2000, ..message(0x8051) };
+        let elsewhere = Route { gsi: Gsi(5), target: RouteTarget::Msi(elsewhere) };
+        irq.set_routing(&[here]).unwrap();
+        if begun {
+            irq.line(Gsi(5), true).unwrap();
+        }
+        irq.set_routing(&[elsewhere]).unwrap();
+        irq.take(0); // it runs, and sees the new table
+        irq.msi(message(0x8051)).unwrap();
+        irq.take(0);
+        assert_eq!(irq.end_of_interrupt(0, 0x51), exit);
+    }
+}
+
+#[test]
 fn interrupts_are_taken_by_priority() {
     let mut irq = full();
     for vector in [0x35, 0x61, 0x41, 0x62] {
