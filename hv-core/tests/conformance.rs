@@ -1,16 +1,33 @@
 //! The conformance suite on the KVM in memory: the same cases as on `/dev/kvm`.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 
-use hv_core::conformance::{Checked, Guest, Miss, Platform, RawRequest, Seen, cases, run};
-use hv_core::fake::{self, FakeKvm, FakeVcpu, FakeVm, GuestStep, Interrupt, VmView};
-use hv_core::{Errno, ExitReply, IoAddress, IoDirection, Vcpu, VcpuExit};
+use hv_core::conformance::{
+    Checked, Guest, Kernels, Miss, Outcome, Platform, RawRequest, Seen, cases, run,
+};
+use hv_core::fake::{self, FakeHost, FakeKvm, FakeVcpu, FakeVm, GuestStep, Interrupt, VmView};
+use hv_core::{Capability, Errno, ExitReply, IoAddress, IoDirection, Vcpu, VcpuExit};
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 
-struct Fake(FakeKvm);
+/// The fake as it is, or spoiled, to see that the suite notices.
+#[derive(Default)]
+struct Fake {
+    kvm: FakeKvm,
+    kernel: Option<(u32, u32)>,
+    /// Its guests take no interrupts.
+    deaf: bool,
+    /// It panics at requests the traits can't express.
+    panics: bool,
+}
 
 impl Platform for Fake {
     type Hypervisor = FakeKvm;
@@ -21,11 +38,11 @@ impl Platform for Fake {
     }
 
     fn kernel(&self) -> Option<(u32, u32)> {
-        None
+        self.kernel
     }
 
     fn hypervisor(&self) -> &FakeKvm {
-        &self.0
+        &self.kvm
     }
 
     fn guest(&self, vm: &FakeVm, vcpu: FakeVcpu) -> Checked<Scripted> {
@@ -34,11 +51,12 @@ impl Platform for Fake {
             view.enable_apic(vcpu.id());
             vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })?;
         }
-        Ok(Scripted { vcpu, view })
+        Ok(Scripted { vcpu, view, deaf: self.deaf })
     }
 
     /// The fake only has what the traits can express.
     fn raw(&self, _vm: &FakeVm, _request: &RawRequest) -> Option<Result<(), Errno>> {
+        assert!(!self.panics, "as it was told to");
         None
     }
 }
@@ -47,6 +65,7 @@ impl Platform for Fake {
 struct Scripted {
     vcpu: FakeVcpu,
     view: VmView,
+    deaf: bool,
 }
 
 /// How long a step may take before the guest counts as stuck, in exits.
@@ -113,6 +132,9 @@ impl Guest for Scripted {
     }
 
     fn take_interrupts(&mut self) -> Checked<Vec<u8>> {
+        if self.deaf {
+            return Ok(Vec::new());
+        }
         let (exits, saw) = self.step(GuestStep::TakeInterrupts)?;
         if let Some(exit) = exits.first() {
             return Err(Miss::failed(format!("taking interrupts exits: {exit:?}")));
@@ -141,7 +163,7 @@ impl Guest for Scripted {
 #[test]
 fn the_fake_follows_every_rule() {
     let filter = std::env::var("HV_CONFORMANCE").unwrap_or_default();
-    let report = run(&Fake(FakeKvm::default()), &filter);
+    let report = run(&Fake::default(), &filter);
     // Past the capture of the test harness: which rules were checked is the result.
     writeln!(io::stdout(), "{report}").unwrap();
     assert!(report.conforms(), "the fake does not follow the rules above, or none was checked");
@@ -158,4 +180,48 @@ fn cases_have_names_of_their_own_and_rules_in_sentences() {
         assert!(names.insert(case.name), "{} is there twice", case.name);
         assert!(case.rule.ends_with('.'), "{}: {}", case.name, case.rule);
     }
+}
+
+/// How the one case whose name contains `filter` goes.
+fn outcome(fake: &Fake, filter: &str) -> Outcome {
+    let report = run(fake, filter);
+    assert_eq!(report.rows.len(), 1, "{report}");
+    assert_eq!(report.conforms(), report.rows[0].outcome == Outcome::Pass);
+    report.rows[0].outcome.clone()
+}
+
+#[test]
+fn what_breaks_a_rule_fails() {
+    let case = "nmi-taken-once";
+    assert_eq!(outcome(&Fake::default(), case), Outcome::Pass);
+    let deaf = Fake { deaf: true, ..Fake::default() };
+    assert_eq!(outcome(&deaf, case), Outcome::Fail("interrupts: expected [2], got []".into()));
+}
+
+#[test]
+fn a_panic_fails_its_case_only() {
+    let case = "enable-cap-unknown";
+    assert!(matches!(outcome(&Fake::default(), case), Outcome::NotApplicable(_)));
+    let panics = Fake { panics: true, ..Fake::default() };
+    assert!(matches!(outcome(&panics, case), Outcome::Fail(_)));
+}
+
+#[test]
+fn what_a_host_or_its_kernel_does_not_have_is_not_applicable() {
+    let case = "pin-in-split-mode";
+    assert_eq!(outcome(&Fake::default(), case), Outcome::Pass);
+    let host = FakeHost::default().without(Capability::SplitIrqchip);
+    let without = Fake { kvm: FakeKvm::new(host), ..Fake::default() };
+    let Outcome::NotApplicable(why) = outcome(&without, case) else { panic!("it was asked") };
+    assert!(why.starts_with("no KVM_CAP_SPLIT_IRQCHIP: "), "{why}");
+
+    let since = cases::<Fake>().into_iter().find_map(|case| match case.kernels {
+        Kernels::Since(major, minor, _) => Some((case.name, (major, minor))),
+        _ => None,
+    });
+    let (name, (major, minor)) = since.expect("some rules are younger than KVM");
+    let older = Fake { kernel: Some((major.saturating_sub(1), minor)), ..Fake::default() };
+    let row = run(&older, name).rows.into_iter().find(|row| row.name == name);
+    let why = row.map(|row| row.outcome);
+    assert!(matches!(&why, Some(Outcome::NotApplicable(why)) if why.contains("since Linux")));
 }

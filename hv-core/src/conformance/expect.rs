@@ -26,3 +26,27 @@ pub(super) fn same<T: Debug + PartialEq>(what: &str, got: T, expected: T) -> Che
 pub(super) fn holds(what: &str, truth: bool) -> Checked {
     if truth { Ok(()) } else { Err(Miss::failed(format!("not so: {what}"))) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Ioctl;
+
+    #[test]
+    fn a_refusal_must_be_the_one_expected() {
+        let error = Err::<(), _>(Error::new(Ioctl::CreateIrqchip, Errno::EEXIST));
+        assert_eq!(refused(error, Errno::EEXIST), Ok(()));
+        let Err(Miss::Failed(why)) = refused(error, Errno::EINVAL) else { panic!("it passed") };
+        assert!(why.starts_with("expected EINVAL (Invalid argument), got: KVM_CREATE_IRQCHIP"));
+        let Err(Miss::Failed(why)) = refused(Ok(7), Errno::EINVAL) else { panic!("it passed") };
+        assert_eq!(why, "expected EINVAL (Invalid argument), got success: 7");
+    }
+
+    #[test]
+    fn a_difference_shows_both_sides() {
+        assert_eq!(same("the sum", 1 + 1, 2), Ok(()));
+        assert_eq!(same("the sum", 3, 2), Err(Miss::failed("the sum: expected 2, got 3")));
+        assert_eq!(holds("1 < 2", 1 < 2), Ok(()));
+        assert_eq!(holds("2 < 1", 2 < 1), Err(Miss::failed("not so: 2 < 1")));
+    }
+}

@@ -29,7 +29,8 @@ pub const GUEST_PORTS: Range<u16> = 0x5a0..0x5a4;
 ///
 /// Interrupts are only taken in [`Guest::take_interrupts`], where each is in service until it is
 /// ended: as on hardware, one in service holds back those of its own and lower classes
-/// (vector / 16).
+/// (vector / 16). Not every implementation does that: some end an interrupt when it is taken, or at
+/// least one whose end nobody waits for. A case that depends on it looks at the in-service register.
 pub trait Guest {
     /// The vCPU it runs on.
     type Vcpu: Vcpu;
@@ -59,7 +60,7 @@ pub trait Guest {
 
     /// Ends the interrupt of the highest priority in service at the local APIC, which is `vector`:
     /// a write of 0 to its EOI register. [`Seen::ByVmm`] if the VMM was told
-    /// ([`VcpuExit::IoapicEoi`]).
+    /// ([`VcpuExit::IoapicEoi`]), now or already when the interrupt was taken.
     ///
     /// # Errors
     /// A [`Miss`] if the guest stopped with something else.

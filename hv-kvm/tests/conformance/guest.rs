@@ -37,7 +37,7 @@ pub(crate) struct KvmGuest {
     /// Its code and tables.
     block: HostRange,
     base: u64,
-    /// Non-maskable interrupts that came in the middle of something else.
+    /// Interrupts that were taken when they were not asked for.
     early: Vec<u8>,
     /// Interrupts whose end the VMM was told of before the guest ended them.
     ///
@@ -300,9 +300,12 @@ impl Guest for KvmGuest {
                 End::Done(Some(exit)) => {
                     return Err(Miss::failed(format!("the guest stops with {exit:x?}")));
                 }
-                // In service it would hold itself back: it was ended when it was taken, and a line
-                // that is still high raised it again.
-                End::Took(vector) if taken.contains(&vector) => return Ok(taken),
+                // In service it would hold itself back: it was ended when it was taken, and came
+                // again, which a line that is still high does for ever.
+                End::Took(vector) if taken.contains(&vector) => {
+                    self.early.push(vector);
+                    return Ok(taken);
+                }
                 End::Took(vector) => taken.push(vector),
             }
             if taken.last() == Some(&NMI) {
