@@ -2,7 +2,7 @@
 //!
 //! KVM's documentation leaves out most of what a VMM stumbles over: which routing tables are
 //! refused, when an event is lost, what may change on a live slot. Each such rule is a [`Case`] here.
-//! The same cases run on the KVM in memory ([`crate::fake`]) and on `/dev/kvm`, so a rule that only
+//! The same cases run on the KVM in memory (`hv_core::fake`) and on `/dev/kvm`, so a rule that only
 //! one of them has can't stay unnoticed. Where they disagree, KVM is right.
 //!
 //! What the suite needs beyond the traits is a [`Platform`]: guests that execute a few accesses, and
