@@ -1,9 +1,9 @@
 //! Layers: a hypervisor over a hypervisor, to see or to change what is asked of it.
 //!
 //! A layer is an [`Interceptor`]: it is given every call, with its arguments and a closure that
-//! makes it, and decides what to do. [`Layered`] puts it over any [`Hypervisor`],
-//! which makes another one, so layers stack. All is static dispatch: an interceptor that just makes
-//! the call costs nothing, and no layer makes the run loop allocate unless it keeps something.
+//! makes it, and decides what to do. [`Layered`] puts it over any [`Hypervisor`], which makes
+//! another one, so layers stack. All is static dispatch: an interceptor that just makes the call
+//! costs a run loop a handful of instructions, and none of it allocates unless it keeps something.
 //!
 //! What an interceptor sees is [`Object`], [`Request`] and [`Answer`]; all of them can be written
 //! as JSON without anything that differs between two runs of the same program.
