@@ -8,14 +8,15 @@
 //! {"thread":0,"on":"system","call":"KVM_GET_API_VERSION","ok":12}
 //! {"thread":0,"on":"vm0","call":"KVM_SET_TSS_ADDR","args":{"address":"0xfeffd000"}}
 //! {"thread":1,"on":"vm0/vcpu1","call":"KVM_RUN","args":{...},"ok":{...}}
-//! {"signal":0,"count":2}
+//! {"signal":0,"count":2,"during":["vm0/vcpu1"]}
 //! {"end":true}
 //! ```
 //!
 //! - The first line has the version, and texts that belong to the whole (`meta`).
 //! - The last line is `{"end":true}`; without it the transcript was cut off.
 //! - A line with `signal` says that KVM signalled an eventfd that the VMM gave it for a doorbell
-//!   (`KVM_IOEVENTFD`), by its number, and how much was added to it.
+//!   (`KVM_IOEVENTFD`) or to hear of the end of an interrupt (`KVM_IRQFD`), by its number, how much
+//!   was added to it, and which vCPUs ran then: one of them rang.
 //! - Every other line is a call that has returned. `on` is the object (`system`, `vm0`,
 //!   `vm0/vcpu1`, and for kicks `vm0/kick1`; VMs are numbered as they are created, vCPUs have their
 //!   id), `call` its name in the KVM API or the system call, `args` its arguments (absent: none),
@@ -131,6 +132,8 @@ pub(super) enum Line {
         event: u32,
         /// What was added to it.
         count: u32,
+        /// The vCPUs that ran then.
+        during: Vec<Object>,
     },
 }
 
@@ -169,6 +172,8 @@ struct Written {
     signal: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     count: Option<u32>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    during: Vec<On>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     end: Option<bool>,
 }
@@ -233,8 +238,9 @@ impl From<Line> for Written {
                 let (thread, on, call) = (Some(thread), Some(On(on)), Some(call));
                 Self { thread, on, call, args, ok, err, ..Self::default() }
             }
-            Line::Signal { event, count } => {
-                Self { signal: Some(event), count: Some(count), ..Self::default() }
+            Line::Signal { event, count, during } => {
+                let during = during.into_iter().map(On).collect();
+                Self { signal: Some(event), count: Some(count), during, ..Self::default() }
             }
         }
     }
@@ -260,8 +266,9 @@ impl TryFrom<Written> for Parsed {
                 err,
                 signal: None,
                 count: None,
+                during,
                 end: None,
-            } => {
+            } if during.is_empty() => {
                 let result = match (ok, err) {
                     (ok, None) => Ok(ok),
                     (None, Some(err)) => Err(err),
@@ -278,10 +285,14 @@ impl TryFrom<Written> for Parsed {
                 err: None,
                 signal,
                 count,
+                during,
                 end,
             } => match (signal, count, end) {
-                (Some(event), Some(count), None) => Ok(Self::Line(Line::Signal { event, count })),
-                (None, None, Some(true)) => Ok(Self::End),
+                (Some(event), Some(count), None) => {
+                    let during = during.into_iter().map(|On(on)| on).collect();
+                    Ok(Self::Line(Line::Signal { event, count, during }))
+                }
+                (None, None, Some(true)) if during.is_empty() => Ok(Self::End),
                 _ => Err("neither a call, a signal nor the end"),
             },
             _ => Err("not a whole call (thread, on, call), or has what does not belong to one"),

@@ -9,7 +9,7 @@ mod doorbells;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -74,6 +74,8 @@ struct State {
     names: Names,
     threads: HashMap<ThreadId, u32>,
     stand_ins: StandIns,
+    /// The vCPUs that run.
+    running: BTreeSet<Object>,
 }
 
 impl Record {
@@ -101,6 +103,7 @@ impl Record {
             names: Names::default(),
             threads: HashMap::new(),
             stand_ins: StandIns::default(),
+            running: BTreeSet::new(),
         };
         let recorder = Recorder {
             state: Mutex::new(state),
@@ -169,10 +172,14 @@ impl Recorder {
         if !self.doorbells.rang() {
             return;
         }
-        let State { writer, names, stand_ins, .. } = state;
+        let State { writer, names, stand_ins, running, .. } = state;
         for (event, count) in stand_ins.take() {
             if let Some(number) = names.event(event) {
-                writer.write(Line::Signal { event: number, count });
+                let during = match &self.follows {
+                    Some(replay) => replay.order().signalled_during(),
+                    None => running.iter().copied().collect(),
+                };
+                writer.write(Line::Signal { event: number, count, during });
             }
             signal(event, count);
             if let Some(replay) = &self.follows {
@@ -214,10 +221,15 @@ impl Interceptor for Record {
         // What a call does may be seen by others before it returns: nothing they do then may be
         // written before it. A replay takes care of that itself, and lets calls wait.
         let takes_long = matches!(request, Request::Run(_)) || recorder.follows.is_some();
-        let held = (!takes_long).then(|| recorder.lock());
+        let mut held = Some(recorder.lock());
+        if let Request::Run(_) = request {
+            held.as_mut().map(|state| state.running.insert(object));
+        }
+        let held = held.filter(|_| !takes_long);
         let result = real();
         let mut state = held.unwrap_or_else(|| recorder.lock());
         recorder.forward(&mut state);
+        state.running.remove(&object);
         state.call(object, &request, &result);
         if let Some(replay) = &recorder.follows {
             replay.order().wrote_call();

@@ -37,7 +37,7 @@ struct Place {
 
 enum What {
     Call { on: Object, thread: u32 },
-    Signal { event: u32, count: u32 },
+    Signal { event: u32, count: u32, during: Vec<Object> },
 }
 
 /// What comes next.
@@ -52,6 +52,8 @@ pub(super) enum Next<'a> {
         event: u32,
         /// What was added to it.
         count: u32,
+        /// The vCPUs that have to run then.
+        during: &'a [Object],
     },
     /// The end of the transcript.
     End,
@@ -79,7 +81,7 @@ impl Ahead {
 
     fn push(&mut self, Numbered { number, bytes, line }: Numbered) {
         let what = match line {
-            Line::Signal { event, count } => What::Signal { event, count },
+            Line::Signal { event, count, during } => What::Signal { event, count, during },
             Line::Call(call) => {
                 let (on, thread) = (call.on, call.thread);
                 self.calls.entry(on).or_default().push_back((number, call));
@@ -93,8 +95,8 @@ impl Ahead {
     /// What comes next.
     pub(super) fn next(&self) -> Next<'_> {
         match self.order.front() {
-            Some(&Place { number, what: What::Signal { event, count }, .. }) => {
-                Next::Signal { number, event, count }
+            Some(&Place { number, what: What::Signal { event, count, ref during }, .. }) => {
+                Next::Signal { number, event, count, during }
             }
             // A call in the order has its line in the queue of its object, at the front.
             Some(Place { what: What::Call { on, .. }, .. }) => match self.of(*on).next() {

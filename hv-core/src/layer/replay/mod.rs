@@ -9,7 +9,7 @@
 //!
 //! - All calls, their arguments and their order, over all threads, are those of the transcript.
 //!   Eventfds and host memory are the VMM's own; only their numbers and lengths are compared.
-//! - Signals of doorbells come where they came. What the VMM signals itself is not looked at.
+//! - Signals of doorbells come where they came, while the vCPUs run that ran then. What the VMM signals itself is not looked at.
 //! - A kick waits for its line like any call. But how often a VMM kicks, and whether a vCPU that is to
 //!   end runs once more, may depend on timing. So a kick that can make no difference, because the
 //!   vCPU was already kicked and not interrupted since or does not run any more, needs no line;

@@ -64,6 +64,10 @@ pub(super) struct State {
     signals: Vec<(u32, Signals, EventFd)>,
     /// vCPUs that were kicked since they were last interrupted.
     kicked: HashSet<(u32, u32)>,
+    /// vCPUs that the VMM runs.
+    running: HashSet<Object>,
+    /// The vCPUs that ran when the signal was made that the follower has to write down.
+    during: Vec<Object>,
     /// vCPUs the VMM has dropped.
     dropped: HashSet<(u32, u32)>,
     /// Whether someone writes down what is replayed, and who has to before the next line is used.
@@ -95,6 +99,8 @@ impl Order {
             progress: Instant::now(),
             signals: Vec::new(),
             kicked: HashSet::new(),
+            running: HashSet::new(),
+            during: Vec::new(),
             dropped: HashSet::new(),
             follower: None,
         };
@@ -112,6 +118,22 @@ impl Order {
         calling: Calling<'_>,
         taken: impl FnOnce(&Names, &CallLine),
     ) -> Result<Turned, Error> {
+        let runs = calling.call() == RUN;
+        if runs {
+            self.lock().running.insert(calling.on);
+        }
+        let turned = self.turned(calling, taken);
+        if runs {
+            self.lock().running.remove(&calling.on);
+        }
+        turned
+    }
+
+    fn turned(
+        &self,
+        calling: Calling<'_>,
+        taken: impl FnOnce(&Names, &CallLine),
+    ) -> Result<Turned, Error> {
         let mut state = self.lock();
         let since = Instant::now();
         // The line that is waited for.
@@ -120,7 +142,9 @@ impl Order {
             if let Some((error, _)) = state.stopped {
                 return Err(error);
             }
-            state.settle();
+            if state.settle() {
+                self.moved.notify_all();
+            }
             match state.turn(calling, &mut awaited) {
                 Ok(Progress::Taken(number)) => {
                     let Some(line) = state.ahead.take() else { continue };
@@ -156,6 +180,9 @@ impl Order {
         let waiting = calling.made(&state.names_for(calling));
         let (line, expected) = match state.ahead.next() {
             Next::Call(line, expected) if state.is_free() => (line, Some(expected.into())),
+            Next::Signal { number: line, during, .. } if state.is_free() => {
+                (line, state.missing_run(during))
+            }
             Next::Call(line, _) | Next::Signal { number: line, .. } => (line, None),
             Next::End | Next::Unreadable(_) => (0, None),
         };
@@ -214,6 +241,11 @@ impl Order {
     /// From now on a line is used only when the one before was written down.
     pub(in crate::layer) fn follow(&self) {
         self.lock().follower.get_or_insert(Turn::Nobody);
+    }
+
+    /// The vCPUs that ran when the signal was made that the follower has to write down.
+    pub(in crate::layer) fn signalled_during(&self) -> Vec<Object> {
+        self.lock().during.clone()
     }
 
     /// The follower gives `stand_in` where the VMM gave `event`.
@@ -385,6 +417,7 @@ impl State {
     /// Keeps account of a line that was used.
     fn used(&mut self, calling: Calling<'_>, line: &CallLine) {
         self.progress = Instant::now();
+        self.running.remove(&line.on);
         match line.on {
             Object::Vm(vm) if line.result.is_ok() => {
                 if let Some((signals, event)) = Signals::assigned_by(calling.request) {
@@ -403,26 +436,32 @@ impl State {
         }
         match &mut self.follower {
             Some(turn) => *turn = Turn::Call(thread::current().id()),
-            None => self.settle(),
+            None => {
+                self.settle();
+            }
         }
     }
 
     /// Uses the lines that are nobody's call: signals, and the runs of dropped vCPUs that a kick
-    /// ended.
-    fn settle(&mut self) {
+    /// ended. Returns whether there was one.
+    fn settle(&mut self) -> bool {
+        let mut moved = false;
         while self.stopped.is_none() && self.is_free() {
             match self.ahead.next() {
-                Next::Signal { number, event, count } => {
+                // What rings is a guest that runs, so it can't have been before that.
+                Next::Signal { during, .. } if self.missing_run(during).is_some() => break,
+                Next::Signal { number, event, count, during } => {
                     if let Some(event) = self.signalled(event) {
                         signal(event, count);
                         if let Some(turn) = &mut self.follower {
                             *turn = Turn::Signal;
+                            self.during = during.to_vec();
                         }
                     } else if usize::try_from(event).is_ok_and(|event| event >= self.names.len()) {
                         let what = "a signal of an eventfd that no call has named before";
                         let error = TranscriptError::Mixed { line: number, what };
                         self.stop(Ioctl::Ioeventfd.into(), error.into());
-                        return;
+                        return true;
                     }
                     // Otherwise its VM was dropped here before it was in the recording.
                 }
@@ -432,16 +471,30 @@ impl State {
                             let (expected, why) = (Made::from(line), Why::Dropped);
                             let missing = Difference::Missing { line: number, expected, why };
                             self.stop(RUN, missing);
-                            return;
+                            return true;
                         }
                     }
-                    _ => return,
+                    _ => break,
                 },
-                Next::End | Next::Unreadable(_) => return,
+                Next::End | Next::Unreadable(_) => break,
             }
             self.progress = Instant::now();
             self.ahead.take();
+            moved = true;
         }
+        moved
+    }
+
+    /// A run of one of these vCPUs that the VMM has yet to call.
+    fn missing_run(&self, during: &[Object]) -> Option<Made> {
+        let ready = |on: &Object| match *on {
+            Object::Vcpu { vm, id } => {
+                self.running.contains(on) || self.dropped.contains(&(vm, id))
+            }
+            _ => true,
+        };
+        let missing = during.iter().find(|on| !ready(on))?;
+        Some(Made::new(*missing, RUN.name(), None))
     }
 
     /// What is left of the transcript and must not be.
@@ -456,8 +509,12 @@ impl State {
                         return Some(Difference::Missing { line, expected, why });
                     }
                 }
+                Next::Signal { number: line, during, .. } => {
+                    let expected = self.missing_run(during)?;
+                    return Some(Difference::Missing { line, expected, why: Why::Finished });
+                }
                 Next::Unreadable(error) => return Some(error.clone().into()),
-                Next::Signal { .. } | Next::End => return None,
+                Next::End => return None,
             }
             self.ahead.take();
         }

@@ -354,7 +354,7 @@ fn a_transcript_says_what_a_person_looks_for() {
     has(r#""args":{"data":"010203040506"}"#);
     has(r#"{"io_out":{"port":"0x3f8","size":2,"count":8}}"#);
     has(r#""data":"737472696e67206f6620776f72647321""#);
-    has(r#"{"signal":1,"count":1}"#);
+    has(r#"{"signal":1,"count":1,"during":["vm0/vcpu0""#);
     has(r#""on":"vm0/kick1","call":"tgkill"}"#);
     // Nothing differs from run to run but what threads of their own do.
     let main = |text: &str| -> Vec<String> {

@@ -1,6 +1,7 @@
 //! Transcripts that are recorded and replayed.
 
 mod differences;
+mod fake;
 mod guest;
 mod hostile;
 mod waiting;

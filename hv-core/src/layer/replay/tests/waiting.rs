@@ -3,9 +3,14 @@
 use std::thread;
 use std::time::Duration;
 
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
 use super::replay;
 use crate::layer::{Difference, Record, Replay, Why};
-use crate::{Errno, Gsi, Hypervisor, IrqBackend, Vcpu, VcpuExit, VcpuKick, Vm};
+use crate::{
+    Errno, EventFd, Gsi, Hypervisor, IoAddress, IoEvent, IoEventBackend, IrqBackend, Vcpu,
+    VcpuExit, VcpuKick, Vm,
+};
 
 /// A transcript of a VM with a vCPU, then `lines`.
 fn transcript(lines: &[&str]) -> String {
@@ -160,4 +165,54 @@ fn a_record_of_a_replay_that_calls_pass_by_is_told() {
     assert_eq!(error.errno, Errno::EPROTO);
     let text = kvm.difference().unwrap().to_string();
     assert!(text.contains("all calls must come through the layer that records"), "{text}");
+}
+
+const DOORBELL: &str = r#"{"thread":0,"on":"vm0","call":"KVM_IOEVENTFD","args":{"mmio":"0x1000","length":4,"eventfd":0}}"#;
+const SIGNAL: &str = r#"{"signal":0,"count":3,"during":["vm0/vcpu1"]}"#;
+
+/// A machine whose guest rings a doorbell during its second run, perhaps before a call of the VMM.
+fn ringing(lines: &[&str]) -> (Replay, VmVcpu, EventFd) {
+    let kvm = replay(&transcript(&[&[DOORBELL, HLT, SIGNAL], lines].concat()));
+    let (vm, mut vcpu) = machine(&kvm);
+    let event = EventFd::from(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+    let address = IoAddress::Mmio(0x1000);
+    let doorbell = IoEvent { address, length: 4, datamatch: None, event: event.clone() };
+    vm.ioeventfd_assign(&doorbell).unwrap();
+    assert_eq!(vcpu.run(), Ok(VcpuExit::Hlt));
+    assert_eq!(event.take(), None, "not before the guest runs again");
+    (kvm, (vm, vcpu), event)
+}
+
+#[test]
+fn a_doorbell_rings_while_its_guest_runs_and_wakes_who_waits_for_it() {
+    let (kvm, (vm, mut vcpu), event) = ringing(&[LINE, HLT]);
+    thread::scope(|threads| {
+        let device = threads.spawn(|| {
+            poll(&mut [PollFd::new(&event, PollFlags::IN)], None).unwrap();
+            vm.irq_line(Gsi(4), true).unwrap();
+            event.take()
+        });
+        assert_eq!(vcpu.run(), Ok(VcpuExit::Hlt));
+        assert_eq!(device.join().unwrap(), Some(3));
+    });
+    kvm.finish().unwrap();
+}
+
+#[test]
+fn a_call_after_a_signal_waits_for_the_run_that_rings() {
+    let (kvm, (vm, mut vcpu), _event) = ringing(&[LINE, HLT]);
+    thread::scope(|threads| {
+        let line = threads.spawn(|| vm.irq_line(Gsi(4), true));
+        assert_eq!(vcpu.run(), Ok(VcpuExit::Hlt));
+        line.join().unwrap().unwrap();
+    });
+    kvm.finish().unwrap();
+}
+
+#[test]
+fn a_run_that_would_have_rung_is_missed() {
+    let (kvm, _machine, _event) = ringing(&[HLT]);
+    let difference = kvm.finish().unwrap_err();
+    assert!(matches!(*difference, Difference::Missing { line: 6, why: Why::Finished, .. }));
+    assert!(difference.to_string().ends_with("expected: KVM_RUN on vm0/vcpu1"), "{difference}");
 }
