@@ -6,7 +6,9 @@
 //! [`init`], the start of a VM as one transaction.
 //!
 //! This crate opens no device and contains no `unsafe`. hv-kvm implements the traits over
-//! `/dev/kvm`; the feature `mock` has mocks of them.
+//! `/dev/kvm`. Behind features of the same names are `mock`, mocks of them; `fake`, a KVM in memory;
+//! `conformance`, the rules of KVM as cases for any implementation; and, behind `layers`, `layer`:
+//! what stands between a caller and a hypervisor, to trace, record, replay or fail calls.
 
 mod backend;
 mod capability;
@@ -49,6 +51,6 @@ pub use route::{Gsi, IrqchipId, Irqfd, LineStatus, Msi, MsiStatus, Route, RouteT
 pub use vcpu::{InterruptState, Vcpu, VcpuKick};
 
 /// Its examples are tests.
-#[cfg(all(doctest, feature = "mock", feature = "fake"))]
+#[cfg(all(doctest, feature = "mock", feature = "fake", feature = "layers"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
