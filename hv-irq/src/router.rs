@@ -1,8 +1,7 @@
 //! The router of a VM: owns its GSIs, its routing table and its irqfds.
 //!
-//! Lock order: there is one lock, around the state, and it is held across the ioctls of a commit so
-//! that commits of several threads do not mix. No caller's code runs under it. The user-space I/O
-//! APIC has a lock of its own, which is taken before this one.
+//! The lock around the state is held across the ioctls of a commit so that commits of several threads
+//! do not mix. No caller's code runs under it. The order of all locks is in the crate's documentation.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -141,7 +140,10 @@ impl<V: IrqBackend> IrqRouter<V> {
     pub fn rebuild(&self, vm: Arc<V>) -> Result<(), RouterError> {
         let mut state = self.shared.state();
         state.rebuild(&*self.shared.vm(), &*vm)?;
-        *self.shared.vm.write().unwrap_or_else(PoisonError::into_inner) = vm;
+        let mut current = self.shared.vm.write().unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::replace(&mut *current, vm);
+        drop((current, state));
+        drop(old); // not under a lock: it may be the last handle to that VM
         Ok(())
     }
 

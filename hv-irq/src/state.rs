@@ -4,7 +4,7 @@
 //! it refuses, both go back. Outside of [`State::commit`] state and kernel agree. Nothing else in
 //! the crate calls a mutating ioctl.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, RawFd};
 
 use hv_core::{Error, Gsi, IrqBackend, Irqfd, Msi, Route, RouteTarget};
@@ -49,11 +49,22 @@ pub(crate) struct State {
     abandoned_irqfds: BTreeSet<RawFd>,
 }
 
-/// What a batch changed, with what was there before.
+/// What a batch changed, with what was there before, in the order of the changes.
 #[derive(Debug, Default)]
 struct Change {
-    routes: BTreeMap<Gsi, Targets>,
-    irqfds: BTreeMap<RawFd, Option<Irqfd>>,
+    routes: Vec<(Gsi, Targets)>,
+    irqfds: Vec<(RawFd, Option<Irqfd>)>,
+}
+
+impl Change {
+    /// Keeps what was there before the first change of each route and irqfd.
+    fn settle(&mut self) {
+        // Stable, so that the first stays the first.
+        self.routes.sort_by_key(|&(gsi, _)| gsi);
+        self.routes.dedup_by_key(|&mut (gsi, _)| gsi);
+        self.irqfds.sort_by_key(|&(fd, _)| fd);
+        self.irqfds.dedup_by_key(|&mut (fd, _)| fd);
+    }
 }
 
 impl State {
@@ -203,10 +214,12 @@ impl State {
         let reaped = self.reap(vm, &mut change);
         for op in ops {
             if let Err(error) = self.apply(op, &mut change) {
+                change.settle();
                 self.undo(change);
                 return Err(error);
             }
         }
+        change.settle();
         self.carry_out(vm, change)?;
         for gsi in reaped {
             if self.gsis.free(gsi).is_ok() {
@@ -229,7 +242,7 @@ impl State {
         for &gsi in &self.abandoned {
             if self.irqfds.of(gsi).next().is_none() {
                 let before = self.table.put(gsi, Targets::None);
-                change.routes.insert(gsi, before);
+                change.routes.push((gsi, before));
                 reaped.push(gsi);
             }
         }
@@ -241,16 +254,16 @@ impl State {
             Op::Set(gsi, target) => {
                 let before = self.table.get(*gsi);
                 self.table.replace(Route { gsi: *gsi, target: *target })?;
-                change.routes.entry(*gsi).or_insert(before);
+                change.routes.push((*gsi, before));
             }
             Op::Add(route) => {
                 let before = self.table.get(route.gsi);
                 self.table.insert(*route)?;
-                change.routes.entry(route.gsi).or_insert(before);
+                change.routes.push((route.gsi, before));
             }
             Op::Clear(gsi) => {
                 let before = self.table.put(*gsi, Targets::None);
-                change.routes.entry(*gsi).or_insert(before);
+                change.routes.push((*gsi, before));
             }
             Op::Bind(irqfd) => {
                 let (gsi, fd) = (irqfd.gsi, irqfd.event.as_raw_fd());
@@ -267,7 +280,7 @@ impl State {
                     return Err(RouterError::RouteBound { gsi, fd });
                 }
                 let before = self.irqfds.insert(irqfd.clone());
-                change.irqfds.entry(fd).or_insert(before);
+                change.irqfds.push((fd, before));
             }
             Op::Unbind(gsi) => {
                 let fds: Vec<RawFd> = self.irqfds.of(*gsi).collect();
@@ -282,7 +295,7 @@ impl State {
 
     fn unbind(&mut self, fd: RawFd, change: &mut Change) {
         let before = self.irqfds.remove(fd);
-        change.irqfds.entry(fd).or_insert(before);
+        change.irqfds.push((fd, before));
     }
 
     /// Puts back what `change` replaced; returns the routes that were there instead.
@@ -298,7 +311,7 @@ impl State {
     fn carry_out<V: IrqBackend>(&mut self, vm: &V, change: Change) -> Result<(), RouterError> {
         let (unbind, bind) = self.irqfd_difference(&change);
         let table_differs =
-            change.routes.iter().any(|(&gsi, before)| self.table.get(gsi) != *before);
+            change.routes.iter().any(|&(gsi, before)| self.table.get(gsi) != before);
 
         let (mut unbound, mut written, mut bound) = (0, false, 0);
         let mut tell = || -> Result<(), Error> {
@@ -352,8 +365,8 @@ impl State {
     /// The irqfds KVM has and should not, and those it should have and has not.
     fn irqfd_difference(&self, change: &Change) -> (Vec<Irqfd>, Vec<Irqfd>) {
         let (mut unbind, mut bind) = (Vec::new(), Vec::new());
-        for (&fd, before) in &change.irqfds {
-            let after = self.irqfds.get(fd);
+        for (fd, before) in &change.irqfds {
+            let after = self.irqfds.get(*fd);
             if before.as_ref() != after {
                 unbind.extend(before.clone());
                 bind.extend(after.cloned());

@@ -76,6 +76,14 @@ pub(crate) enum Targets {
 const IRQCHIPS: usize = 3;
 
 impl Targets {
+    /// One target.
+    fn of(target: RouteTarget, gsi: Gsi) -> Result<Self, RouteError> {
+        match target {
+            RouteTarget::Pin { chip, pin } => with_pin([None; IRQCHIPS], chip, pin, gsi),
+            target => Ok(Targets::Single(target)),
+        }
+    }
+
     fn len(self) -> u32 {
         match self {
             Targets::None => 0,
@@ -174,13 +182,10 @@ impl RoutingTable {
         let Route { gsi, target } = route;
         self.check(route)?;
         let targets = match (self.get(gsi), target) {
-            (Targets::None, RouteTarget::Pin { chip, pin }) => {
-                with_pin([None; IRQCHIPS], chip, pin, gsi)?
-            }
+            (Targets::None, target) => Targets::of(target, gsi)?,
             (Targets::Pins(pins), RouteTarget::Pin { chip, pin }) => {
                 with_pin(pins, chip, pin, gsi)?
             }
-            (Targets::None, target) => Targets::Single(target),
             _ => return Err(RouteError::Conflict { gsi }),
         };
         if self.len >= self.limit {
@@ -195,10 +200,14 @@ impl RoutingTable {
     /// # Errors
     /// KVM would refuse the table ([`RouteError`]).
     pub fn replace(&mut self, route: Route) -> Result<(), RouteError> {
-        let before = self.put(route.gsi, Targets::None);
-        self.insert(route).inspect_err(|_| {
-            self.put(route.gsi, before);
-        })
+        let Route { gsi, target } = route;
+        self.check(route)?;
+        let targets = Targets::of(target, gsi)?;
+        if self.len - self.get(gsi).len() >= self.limit {
+            return Err(RouteError::TableFull { limit: self.limit });
+        }
+        self.put(gsi, targets);
+        Ok(())
     }
 
     /// Removes every entry of a GSI, and says how many there were.

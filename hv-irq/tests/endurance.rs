@@ -1,4 +1,9 @@
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test that can't go on fails")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that can't go on fails"
+)]
 //! Devices that come and go thousands of times, and devices on many threads, on the KVM in memory.
 //!
 //! `cargo test -p hv-irq --release --test endurance` has ten times as many come and go.

@@ -8,7 +8,7 @@
 //! it is not masked, so that KVM sends the message by itself. Such a message leaves no trace in the
 //! remote IRR.
 //!
-//! Lock order: the lock around the registers is taken before that of the router.
+//! The lock around the registers is taken before that of the router's state.
 
 mod level;
 mod redirection;
