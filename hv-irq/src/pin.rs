@@ -119,12 +119,14 @@ mod tests {
         let mut vm = vm(1);
         let failure = Error::new(Ioctl::Irqfd, Errno::ENOMEM);
         vm.expect_irqfd_assign().times(2).returning(|_| Ok(()));
-        vm.expect_irqfd_deassign().once().returning(move |_, _| Err(failure));
+        vm.expect_irqfd_deassign().times(2).returning(move |_, _| Err(failure));
         vm.expect_irqfd_deassign().times(2).returning(|_, _| Ok(()));
         let router = router(LegacyPins::Kernel, vm);
         let (abandoned, watch) = watched();
         drop(router.bind_pin(Gsi(4), abandoned).unwrap());
         assert_eq!(router.irqfds().len(), 1, "KVM still has it");
+        router.batch(|_| Ok(())).unwrap();
+        assert_eq!(router.irqfds().len(), 1, "and again");
         assert!(!is_closed(&watch), "so it is kept open");
         let next = router.bind_pin(Gsi(5), event()).unwrap();
         assert!(is_closed(&watch));

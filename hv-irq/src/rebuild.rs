@@ -17,8 +17,9 @@ impl State {
         let abandoned = self.abandoned();
         let owned = |route: &Route| !abandoned.contains(&route.gsi);
         let routes: Vec<Route> = self.table.routes().into_iter().filter(owned).collect();
-        let (gone, irqfds): (Vec<Irqfd>, Vec<Irqfd>) =
+        let (gone, mut irqfds): (Vec<Irqfd>, Vec<Irqfd>) =
             self.irqfds.iter().cloned().partition(|irqfd| self.is_abandoned(irqfd));
+        irqfds.sort_by_key(|irqfd| irqfd.gsi);
 
         let (mut unbound, mut bound) = (0, 0);
         let mut tell = || -> Result<(), Error> {

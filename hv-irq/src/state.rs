@@ -47,6 +47,8 @@ pub(crate) struct State {
     /// again.
     abandoned: BTreeSet<Gsi>,
     abandoned_irqfds: BTreeSet<RawFd>,
+    /// The table for KVM. Kept, because allocating a large one takes as long as filling it.
+    buffer: Vec<Route>,
 }
 
 /// What a batch changed, with what was there before, in the order of the changes.
@@ -87,6 +89,7 @@ impl State {
             legacy_entries: needed,
             abandoned: BTreeSet::new(),
             abandoned_irqfds: BTreeSet::new(),
+            buffer: Vec::new(),
         })
     }
 
@@ -320,7 +323,8 @@ impl State {
                 unbound += 1;
             }
             if table_differs {
-                vm.set_gsi_routing(&self.table.routes())?;
+                self.table.write_to(&mut self.buffer);
+                vm.set_gsi_routing(&self.buffer)?;
                 written = true;
             }
             for irqfd in &bind {
@@ -362,7 +366,8 @@ impl State {
         })
     }
 
-    /// The irqfds KVM has and should not, and those it should have and has not.
+    /// The irqfds KVM has and should not, and those it should have and has not. By GSI: what KVM is told
+    /// does not depend on the numbers of descriptors.
     fn irqfd_difference(&self, change: &Change) -> (Vec<Irqfd>, Vec<Irqfd>) {
         let (mut unbind, mut bind) = (Vec::new(), Vec::new());
         for (fd, before) in &change.irqfds {
@@ -372,6 +377,8 @@ impl State {
                 bind.extend(after.cloned());
             }
         }
+        unbind.sort_by_key(|irqfd| irqfd.gsi);
+        bind.sort_by_key(|irqfd| irqfd.gsi);
         (unbind, bind)
     }
 }

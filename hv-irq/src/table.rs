@@ -162,11 +162,23 @@ impl RoutingTable {
     /// The entries in the order of GSIs, those of one GSI in the order of irqchips.
     #[must_use]
     pub fn routes(&self) -> Vec<Route> {
-        let mut routes = Vec::with_capacity(self.len as usize);
-        for (gsi, &targets) in (0..).map(Gsi).zip(&self.targets) {
-            routes.extend(targets.iter().map(|target| Route { gsi, target }));
-        }
+        let mut routes = Vec::new();
+        self.write_to(&mut routes);
         routes
+    }
+
+    /// Replaces what is in `routes` by the entries.
+    pub(crate) fn write_to(&self, routes: &mut Vec<Route>) {
+        routes.clear();
+        routes.reserve(self.len as usize);
+        for (gsi, &targets) in (0..).map(Gsi).zip(&self.targets) {
+            match targets {
+                // Nearly all there are, of thousands at times.
+                Targets::None => {}
+                Targets::Single(target) => routes.push(Route { gsi, target }),
+                pins => routes.extend(pins.iter().map(|target| Route { gsi, target })),
+            }
+        }
     }
 
     /// Where `gsi` leads.
