@@ -20,8 +20,9 @@ use crate::{IrqRouter, RouterError};
 /// ([`crate::Ioapic::bind_level`]). A device that wants an interrupt calls [`LevelPin::raise`], or
 /// has something signal [`LevelPin::trigger`]. It waits for [`LevelPin::resample`], and when
 /// [`LevelPin::take_end`] says that the guest ended the interrupt, raises the pin again if it still
-/// wants one. A pin may be shared; then each of its devices is told of an end, and a device may be told
-/// of one that it did not raise.
+/// wants one. It is asked the same when the guest unmasks a pin that was raised while masked. A pin may
+/// be shared; then each of its devices is told of an end, and a device may be told of one that it did
+/// not raise.
 ///
 /// Dropping it unbinds the eventfds. If KVM refuses, the router keeps them open and tries again with
 /// its next commit.
@@ -86,8 +87,8 @@ impl<V: IrqBackend> LevelPin<V> {
         &self.resample
     }
 
-    /// Whether the guest has ended the interrupt since this was last asked: then the device has to
-    /// raise the pin again if it still wants an interrupt.
+    /// Whether the guest has ended the interrupt, or unmasked the raised pin, since this was last asked:
+    /// then the device has to raise the pin again if it still wants an interrupt.
     #[must_use]
     pub fn take_end(&self) -> bool {
         self.resample.take().is_some()

@@ -1,7 +1,9 @@
 //! The eventfds that drive level-triggered pins, and those that are signalled at the end.
 //!
 //! They are irqfds while their pin is not masked. While it is masked they are unbound, and an event
-//! waits in its eventfd as an asserted line waits.
+//! waits in its eventfd. By the time the pin is unmasked the device may want no interrupt any more (a
+//! guest whose handler runs in a thread masks the pin, and serves the device before it unmasks it), and
+//! KVM can't look. So what waited is not delivered then: the device is asked, as KVM's own I/O APIC does.
 
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Weak};
@@ -13,8 +15,8 @@ use crate::state::Op;
 use crate::{Batch, LevelPin, RouteError, RouterError};
 
 /// What drives a pin, and what is told of the end of its interrupts.
-#[derive(Debug)]
-struct Trigger {
+#[derive(Debug, Clone)]
+pub(super) struct Trigger {
     event: EventFd,
     resample: EventFd,
 }
@@ -23,12 +25,28 @@ struct Trigger {
 #[derive(Debug, Default)]
 pub(super) struct Triggers([Vec<Trigger>; PINS]);
 
+impl Trigger {
+    /// The event waits again.
+    pub(super) fn put_back(&self) {
+        self.event.signal();
+    }
+
+    /// The device has to look whether it wants an interrupt.
+    pub(super) fn ask(&self) {
+        self.resample.signal();
+    }
+}
+
 impl Triggers {
     /// Tells those who drive a pin that its interrupt ended.
     pub(super) fn resample(&self, pin: usize) {
-        for trigger in self.of(pin) {
-            trigger.resample.signal();
-        }
+        self.of(pin).iter().for_each(Trigger::ask);
+    }
+
+    /// Takes the events that wait at a pin, and says whose they are.
+    pub(super) fn take_waiting(&self, pin: usize) -> Vec<Trigger> {
+        let waiting = self.of(pin).iter().filter(|trigger| trigger.event.take().is_some());
+        waiting.cloned().collect()
     }
 
     /// Binds or unbinds those that drive a pin.
@@ -73,7 +91,8 @@ impl<V: IrqBackend> Drop for PinTrigger<V> {
 impl<V: IrqBackend> Ioapic<V> {
     /// Lets an eventfd drive a level-triggered pin as it would a line of the kernel
     /// ([`crate::IrqRouter::bind_level`]): KVM sends the pin's message when `trigger` is signalled and
-    /// the pin is not masked, and `resample` is signalled when the guest ends the interrupt.
+    /// the pin is not masked, and `resample` is signalled when the guest ends the interrupt, or unmasks
+    /// the pin after it was raised. Both must be non-blocking.
     ///
     /// # Errors
     /// There is no such pin, the eventfd drives one already, or KVM refuses the irqfd.

@@ -22,7 +22,7 @@ use hv_core::{Gsi, IrqBackend, IrqchipId, MsiStatus, RouteTarget};
 use crate::state::Op;
 use crate::{IrqRouter, LegacyPins, RouteError, RouterError};
 pub(crate) use level::PinTrigger;
-use level::Triggers;
+use level::{Trigger, Triggers};
 use redirection::RedirectionEntry;
 pub use save::IoapicState;
 
@@ -205,13 +205,23 @@ impl<V: IrqBackend> Chip<V> {
         let Some(entry) = registers.entries.get_mut(pin) else { return Ok(()) };
         let before = *entry;
         let written = if upper { before.with_high(value) } else { before.with_low(value) };
-        self.router.batch(|batch| {
+        let opens = before.is_masked() && !written.is_masked();
+        let waited = match opens && written.is_level() {
+            true => registers.triggers.take_waiting(pin),
+            false => Vec::new(),
+        };
+        let committed = self.router.batch(|batch| {
             batch.stage(Op::Set(Gsi(pin as u32), RouteTarget::Msi(written.message())));
             if before.is_masked() != written.is_masked() {
-                registers.triggers.stage(batch, pin, !written.is_masked());
+                registers.triggers.stage(batch, pin, opens);
             }
             Ok(())
-        })?;
+        });
+        if let Err(error) = committed {
+            waited.iter().for_each(Trigger::put_back);
+            return Err(error);
+        }
+        waited.iter().for_each(Trigger::ask);
         *entry = written;
         // The end of an interrupt that is in service has the old vector, and would find nobody.
         if before.is_level() && (before.vector() != written.vector() || !written.is_level()) {

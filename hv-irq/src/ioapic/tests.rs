@@ -306,3 +306,21 @@ fn pins_and_i_o_apic_may_go_in_any_order() {
     drop(pin);
     assert!(taken(&log).is_empty(), "the VM goes with them");
 }
+
+#[test]
+fn an_event_that_waits_survives_a_refused_unmask() {
+    let mut vm = MockVm::new();
+    vm.expect_drop().return_const(());
+    vm.expect_set_gsi_routing().returning(|_| Ok(()));
+    let refused = Error::new(Ioctl::Irqfd, Errno::ENOMEM);
+    vm.expect_irqfd_assign().returning(move |_| Err(refused));
+    let ioapic = Ioapic::new(split(vm)).unwrap();
+    let trigger = event();
+    let pin = ioapic.bind_level(10, trigger.clone(), event()).unwrap();
+    pin.raise();
+    ioapic.write(register::SELECT, &[low(10)]).unwrap();
+    let error = ioapic.write(register::WINDOW, &LEVEL_0X41.to_le_bytes()).unwrap_err();
+    assert_eq!(error, RouterError::Kvm(refused));
+    assert_eq!(trigger.take(), Some(1));
+    assert!(!pin.take_end());
+}
