@@ -28,7 +28,7 @@ impl IrqBackend for FakeVm {
     }
 
     fn irq_line(&self, gsi: Gsi, level: bool) -> Result<(), Error> {
-        self.call(Ioctl::IrqLine, Context::Gsi(gsi), |state| state.irq.line(gsi, level).map(|_| ()))
+        self.call(Ioctl::IrqLine, Context::Gsi(gsi), |state| state.irq.set_line(gsi, level))
     }
 
     fn irq_line_status(&self, gsi: Gsi, level: bool) -> Result<LineStatus, Error> {

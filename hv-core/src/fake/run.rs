@@ -52,10 +52,9 @@ impl State {
         if window && !pic && flag && vcpu.injected.is_none() {
             return VcpuExit::IrqWindowOpen.into();
         }
-        match vcpu.script.pop_front() {
-            None => VcpuExit::Hlt.into(),
-            Some(step) => self.take_step(id, step),
-        }
+        let step = vcpu.script.pop_front();
+        self.irq.listen(id);
+        step.map_or_else(|| VcpuExit::Hlt.into(), |step| self.take_step(id, step))
     }
 
     fn take_step(&mut self, id: u32, step: GuestStep) -> Next {

@@ -374,7 +374,10 @@ impl Vcpu for FakeVcpu {
     fn set_cpuid(&self, entries: &[kvm_cpuid_entry2]) -> Result<(), Error> {
         self.call(Ioctl::SetCpuid2, |state, id| {
             let vcpu = vcpu(state, id)?;
-            vcpu.registers.set_cpuid(entries, vcpu.has_run)
+            vcpu.registers.set_cpuid(entries, vcpu.has_run)?;
+            let x2apic = |leaf: &kvm_cpuid_entry2| leaf.function == 1 && leaf.ecx & 1 << 21 != 0;
+            state.irq.set_x2apic(id, entries.iter().any(x2apic));
+            Ok(())
         })
     }
 

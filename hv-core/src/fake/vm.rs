@@ -8,6 +8,7 @@ use kvm_bindings::{
     KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
 };
 
+use super::irq::DirectedEoi;
 use super::state::{Shared, State};
 use super::{FakeVcpu, VmView};
 use crate::{Capability, Context, Errno, Error, IoAddress, Ioctl, Vm};
@@ -151,7 +152,7 @@ impl State {
         Ok(())
     }
 
-    /// `KVM_CAP_X2APIC_API`. The flags about EOI broadcasts are taken and change nothing here.
+    /// `KVM_CAP_X2APIC_API`.
     fn enable_x2apic_api(&mut self, flags: u64, known: u64) -> Result<(), Errno> {
         let both = X2APIC_ENABLE_SUPPRESS_EOI | X2APIC_DISABLE_SUPPRESS_EOI;
         let split_only = flags & X2APIC_ENABLE_SUPPRESS_EOI != 0 && !self.is_split();
@@ -161,16 +162,21 @@ impl State {
         if flags & X2APIC_USE_32BIT_IDS != 0 {
             self.irq.use_wide_ids();
         }
+        match flags & both {
+            X2APIC_ENABLE_SUPPRESS_EOI => self.irq.set_directed_eoi(DirectedEoi::Done),
+            X2APIC_DISABLE_SUPPRESS_EOI => self.irq.set_directed_eoi(DirectedEoi::None),
+            _ => {}
+        }
         Ok(())
     }
 
-    /// `KVM_CAP_MAX_VCPU_ID`: once, and before the first vCPU.
+    /// `KVM_CAP_MAX_VCPU_ID`: once, and before the first vCPU. 0 leaves it open.
     fn enable_max_vcpu_id(&mut self, max: u64, limit: u32) -> Result<(), Errno> {
         let max = u32::try_from(max).ok().filter(|&max| max <= limit).ok_or(Errno::EINVAL)?;
         if self.max_vcpu_id.is_some_and(|set| set != max) {
             return Err(Errno::EINVAL);
         }
-        self.max_vcpu_id = Some(max);
+        self.max_vcpu_id = Some(max).filter(|&max| max > 0);
         Ok(())
     }
 }
@@ -284,8 +290,11 @@ impl Vm for FakeVm {
         self.call(Ioctl::CreateVcpu, Context::Vcpu(id), |state| {
             // Without the capability ids are limited like the number of vCPUs.
             let ids = if ids == 0 { most } else { ids };
+            if id >= ids || state.vcpus.len() >= usize::try_from(most).unwrap_or(usize::MAX) {
+                return Err(Errno::EINVAL); // before the limit is settled
+            }
             let limit = *state.max_vcpu_id.get_or_insert(ids);
-            if id >= limit || state.vcpus.len() >= usize::try_from(most).unwrap_or(usize::MAX) {
+            if id >= limit {
                 return Err(Errno::EINVAL);
             }
             FakeVcpu::create(id, &self.handle, state)

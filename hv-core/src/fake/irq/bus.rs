@@ -45,10 +45,10 @@ impl Irq {
         let Some(lapic) = self.lapics.get_mut(vcpu) else {
             return;
         };
-        let before = lapic.address();
+        let readdresses = lapic.readdresses(register, value);
         match lapic.write(register, value) {
             Effect::None => {
-                if lapic.address() != before {
+                if readdresses {
                     self.listeners_changed();
                 }
             }

@@ -1,6 +1,8 @@
 //! The I/O APIC: 24 pins, each with a redirection entry that makes a message of it (82093AA data
 //! sheet, as KVM has it).
 
+use super::clock::{self, Clock};
+use super::lapic::Lapic;
 use super::lapics::Lapics;
 use super::message::{Message, Outcome};
 use super::routing::IOAPIC_PINS;
@@ -24,13 +26,21 @@ pub(super) enum Source {
     Caller = 1,
     /// irqfds with a resample eventfd.
     Resample = 2,
+    /// The first, when it asks what becomes of it (`KVM_IRQ_LINE_STATUS`).
+    Asking = 3,
+}
+
+impl Source {
+    fn bit(self) -> u8 {
+        if self == Source::Resample { 2 } else { 1 }
+    }
 }
 
 /// Sets or clears what `source` holds; whether the line is high then.
 pub(super) fn drive(line: &mut u8, source: Source, level: bool) -> bool {
     match level {
-        true => *line |= source as u8,
-        false => *line &= !(source as u8),
+        true => *line |= source.bit(),
+        false => *line &= !(source.bit()),
     }
     *line != 0
 }
@@ -52,6 +62,7 @@ pub(super) struct Ioapic {
     /// Edges in the request register that were sent.
     sent: u32,
     lines: [u8; PINS],
+    clock: Clock,
 }
 
 /// What a store has set off, for whoever knows about irqfds.
@@ -67,7 +78,7 @@ impl Ioapic {
     pub(super) fn new() -> Self {
         let entries = [MASKED; PINS];
         let registers = Registers { base: BASE, select: 0, id: 0, irr: 0, entries };
-        Self { registers, sent: 0, lines: [0; PINS] }
+        Self { registers, sent: 0, lines: [0; PINS], clock: Clock::default() }
     }
 
     fn entry(&self, pin: u32) -> u64 {
@@ -99,17 +110,20 @@ impl Ioapic {
         match self.lines.get_mut(pin as usize) {
             Some(line) => {
                 let high = drive(line, source, level);
-                self.request(pin, high, lapics)
+                self.request(pin, high, source == Source::Asking, lapics)
             }
             None => Outcome::Refused(Loss::Unrouted),
         }
     }
 
-    fn request(&mut self, pin: u32, high: bool, lapics: &mut Lapics) -> Outcome {
+    fn request(&mut self, pin: u32, high: bool, asks: bool, lapics: &mut Lapics) -> Outcome {
         let bit = 1 << pin;
         if !high {
             self.registers.irr &= !bit;
             return Outcome::Delivered(1); // KVM's answer to lowering a line
+        }
+        if asks && pin == clock::PIN && self.clock.waits() {
+            return Outcome::Coalesced;
         }
         let before = self.registers.irr;
         self.registers.irr |= bit;
@@ -119,11 +133,15 @@ impl Ioapic {
                 return Outcome::Coalesced;
             }
         }
-        self.send(pin, lapics)
+        self.send_asked(pin, asks, lapics)
     }
 
     /// Sends the message of a pin, unless it is masked or its last one has not ended.
     pub(super) fn send(&mut self, pin: u32, lapics: &mut Lapics) -> Outcome {
+        self.send_asked(pin, false, lapics)
+    }
+
+    fn send_asked(&mut self, pin: u32, asked: bool, lapics: &mut Lapics) -> Outcome {
         let entry = self.entry(pin);
         let level = entry & LEVEL != 0;
         if entry & MASKED != 0 {
@@ -135,7 +153,11 @@ impl Ioapic {
         if !level {
             self.sent |= 1 << pin;
         }
-        let outcome = lapics.send(&self.message(pin), None);
+        let message = self.message(pin);
+        let outcome = lapics.send(&message, None);
+        if asked && pin == clock::PIN {
+            self.clock.sent(&message, outcome, lapics);
+        }
         // KVM sets it for -1 too: then nobody ends it.
         if level
             && outcome.count() != Some(0)
@@ -144,6 +166,16 @@ impl Ioapic {
             *entry |= REMOTE_IRR;
         }
         outcome
+    }
+
+    /// A vCPU has ended a vector, whoever sent it.
+    pub(super) fn vector_ended(&mut self, vcpu: u32, vector: u8) {
+        self.clock.ended(vcpu, vector);
+    }
+
+    /// The state of a local APIC was set.
+    pub(super) fn restore_clock(&mut self, lapic: &Lapic) {
+        self.clock.restore(&self.message(clock::PIN), lapic);
     }
 
     /// The interrupt of a pin has ended. If it was taken as level-triggered and its line is still
@@ -177,8 +209,9 @@ impl Ioapic {
         let requested = registers.irr;
         self.registers = Registers { irr: 0, ..registers };
         self.sent = 0;
+        self.clock.restore_all(&self.message(clock::PIN), lapics);
         for pin in (0..IOAPIC_PINS).filter(|pin| requested & 1 << pin != 0) {
-            self.request(pin, true, lapics);
+            self.request(pin, true, true, lapics);
         }
     }
 

@@ -33,8 +33,11 @@ const TIMER_DIVIDE: u16 = 0x3e0;
 
 const LVT_MASKED: u32 = 1 << 16;
 const SPIV_ENABLED: u32 = 1 << 8;
+const SPIV_SUPPRESS_EOI: u32 = 1 << 12;
 /// Version 0x14 with six local vectors.
 const VERSION_VALUE: u32 = 0x0005_0014;
+/// That it can be told not to send the ends of interrupts to I/O APICs.
+const VERSION_DIRECTED_EOI: u32 = 1 << 24;
 
 /// What a write to a register has set off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +52,9 @@ pub(super) enum Effect {
 #[derive(Debug)]
 pub(super) struct Lapic {
     vcpu: u32,
+    version: u32,
+    /// Whether the CPUID of its vCPU has x2APIC.
+    pub(super) x2apic: bool,
     page: [u8; PAGE],
     init: bool,
     start_up: Option<u8>,
@@ -60,6 +66,8 @@ pub(super) struct Lapic {
     /// The vectors whose end somebody hears of, and as of which change of listeners.
     pub(super) heard: Vec<u8>,
     pub(super) listeners: Option<u64>,
+    /// The highest of them whose routes lead elsewhere by now: with its end they are not heard.
+    pub(super) last_heard: Option<u8>,
     log: Vec<Interrupt>,
 }
 
@@ -69,6 +77,8 @@ impl Lapic {
     pub(super) fn new(vcpu: u32) -> Self {
         let mut lapic = Self {
             vcpu,
+            version: VERSION_VALUE,
+            x2apic: false,
             page: [0; PAGE],
             init: false,
             start_up: None,
@@ -77,6 +87,7 @@ impl Lapic {
             exit_with: None,
             heard: Vec::new(),
             listeners: None,
+            last_heard: None,
             log: Vec::new(),
         };
         lapic.reset();
@@ -86,7 +97,7 @@ impl Lapic {
     fn reset(&mut self) {
         self.page = [0; PAGE];
         self.set(ID, self.vcpu << 24);
-        self.set(VERSION, VERSION_VALUE);
+        self.set(VERSION, self.version);
         self.set(DFR, u32::MAX);
         self.set(SPIV, 0xff);
         for lvt in (LVT_TIMER..=LVT_ERROR).step_by(0x10) {
@@ -158,7 +169,18 @@ impl Lapic {
     /// `KVM_SET_LAPIC`: all but the version is taken as it is.
     pub(super) fn set_page(&mut self, page: [u8; PAGE]) {
         self.page = page;
-        self.set(VERSION, VERSION_VALUE);
+        self.set(VERSION, self.version);
+    }
+
+    /// Whether it tells that it has directed EOI.
+    pub(super) fn set_directed_eoi(&mut self, has: bool) {
+        self.version = VERSION_VALUE | if has { VERSION_DIRECTED_EOI } else { 0 };
+        self.set(VERSION, self.version);
+    }
+
+    /// Whether it is told not to send the ends of interrupts to I/O APICs.
+    pub(super) fn suppresses_eoi(&self) -> bool {
+        self.get(SPIV) & SPIV_SUPPRESS_EOI != 0
     }
 
     /// A load from a register; the reserved ones are 0.
@@ -183,7 +205,8 @@ impl Lapic {
                 }
             }
             SPIV => {
-                self.set(SPIV, value & 0x3ff);
+                let directed = self.version & VERSION_DIRECTED_EOI != 0;
+                self.set(SPIV, value & (0x3ff | if directed { SPIV_SUPPRESS_EOI } else { 0 }));
                 if !self.enabled() {
                     for lvt in (LVT_TIMER..=LVT_ERROR).step_by(0x10) {
                         self.set(lvt, self.get(lvt) | LVT_MASKED);
@@ -208,9 +231,13 @@ impl Lapic {
 
     // Whom messages are for.
 
-    /// All that decides which messages are for it.
-    pub(super) fn address(&self) -> [u32; 4] {
-        [ID, LDR, DFR, SPIV].map(|register| self.get(register))
+    /// Whether a store makes KVM look again which messages are for whom.
+    pub(super) fn readdresses(&self, register: u16, value: u32) -> bool {
+        match register {
+            ID | LDR | DFR => true,
+            SPIV => (value & SPIV_ENABLED != 0) != self.enabled(),
+            _ => false,
+        }
     }
 
     /// Enabled by software, without which no vector is taken.

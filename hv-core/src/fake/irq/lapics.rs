@@ -12,7 +12,11 @@ const BROADCAST: u32 = 0xff;
 
 /// The local APICs, in the order their vCPUs were created.
 #[derive(Debug, Default)]
-pub(super) struct Lapics(Vec<Lapic>);
+pub(super) struct Lapics {
+    all: Vec<Lapic>,
+    /// The vCPUs that took the last message as a vector.
+    takers: Vec<u32>,
+}
 
 /// How logical ids are laid out in the VM.
 enum Logical {
@@ -27,31 +31,41 @@ enum Logical {
 impl Lapics {
     pub(super) fn add(&mut self, vcpu: u32) {
         if self.get(vcpu).is_none() {
-            self.0.push(Lapic::new(vcpu));
+            self.all.push(Lapic::new(vcpu));
         }
     }
 
     pub(super) fn get(&self, vcpu: u32) -> Option<&Lapic> {
-        self.0.iter().find(|lapic| lapic.vcpu() == vcpu)
+        self.all.iter().find(|lapic| lapic.vcpu() == vcpu)
     }
 
     pub(super) fn get_mut(&mut self, vcpu: u32) -> Option<&mut Lapic> {
-        self.0.iter_mut().find(|lapic| lapic.vcpu() == vcpu)
+        self.all.iter_mut().find(|lapic| lapic.vcpu() == vcpu)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Lapic> {
+        self.all.iter()
+    }
+
+    /// The vCPUs that took the last message as a vector.
+    pub(super) fn last_takers(&self) -> impl Iterator<Item = u32> {
+        self.takers.iter().copied()
     }
 
     /// Whether the 8259 pair is wired to any of them.
     pub(super) fn any_takes_pic(&self) -> bool {
-        self.0.iter().any(Lapic::takes_pic)
+        self.all.iter().any(Lapic::takes_pic)
     }
 
     /// Sends a message that comes from a device, or from the local APIC of vCPU `source`.
     pub(super) fn send(&mut self, message: &Message, source: Option<u32>) -> Outcome {
+        self.takers.clear();
         self.send_by_map(message, source).unwrap_or_else(|| self.send_to_all(message, source))
     }
 
     /// `None` if the map does not do.
     fn send_by_map(&mut self, message: &Message, source: Option<u32>) -> Option<Outcome> {
-        if self.0.is_empty() {
+        if self.all.is_empty() {
             return None;
         }
         let targets = match message.destination {
@@ -65,7 +79,7 @@ impl Lapics {
     }
 
     fn index(&self, wanted: impl FnMut(&Lapic) -> bool) -> Vec<usize> {
-        self.0.iter().position(wanted).into_iter().collect()
+        self.all.iter().position(wanted).into_iter().collect()
     }
 
     /// The local APICs a logical id names, by the bits of it; the one a message for any of them
@@ -83,7 +97,7 @@ impl Lapics {
         };
         let mut owners = bits.iter().map(|&bit| {
             let has = |lapic: &Lapic| lapic.enabled() && lapic.has_logical_id(bit);
-            self.0.iter().position(has)
+            self.all.iter().position(has)
         });
         match message.any_one() {
             true if bits.is_empty() => Some(Vec::new()),
@@ -98,7 +112,7 @@ impl Lapics {
     fn logical(&self) -> Logical {
         let mut layout = Logical::Nobody;
         let mut seen = Vec::new();
-        for lapic in self.0.iter().filter(|lapic| lapic.enabled() && lapic.logical_id() != 0) {
+        for lapic in self.all.iter().filter(|lapic| lapic.enabled() && lapic.logical_id() != 0) {
             let (id, flat) = (lapic.logical_id(), lapic.flat() == Some(true));
             layout = match (layout, flat) {
                 (Logical::Nobody | Logical::Flat, true) => Logical::Flat,
@@ -121,7 +135,7 @@ impl Lapics {
         if message.destination == Destination::Physical(BROADCAST) && message.any_one() {
             message.mode = Mode::Fixed; // whatever it was, says KVM; a hint still holds
         }
-        let all = self.0.iter().enumerate();
+        let all = self.all.iter().enumerate();
         let meant = all.filter(|(_, lapic)| meant(lapic, message.destination, source));
         let mut targets: Vec<usize> = match message.any_one() {
             true => meant.filter(|(_, lapic)| lapic.enabled()).map(|(i, _)| i).collect(),
@@ -141,8 +155,12 @@ impl Lapics {
         }
         let mut took = 0;
         for &target in targets {
-            if self.0.get_mut(target).is_some_and(|lapic| lapic.accept(message)) {
+            let Some(lapic) = self.all.get_mut(target) else { continue };
+            if lapic.accept(message) {
                 took += 1;
+                if matches!(message.mode, Mode::Fixed | Mode::LowestPriority) {
+                    self.takers.push(lapic.vcpu());
+                }
             }
         }
         Some(match took {
@@ -192,7 +210,7 @@ mod tests {
     }
 
     fn who(all: &Lapics) -> Vec<u32> {
-        all.0.iter().filter(|lapic| lapic.pending()).map(Lapic::vcpu).collect()
+        all.all.iter().filter(|lapic| lapic.pending()).map(Lapic::vcpu).collect()
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! vCPUs beyond their local APICs, nor in which order a VM may be put together.
 
 mod bus;
+mod clock;
 mod interrupt;
 mod ioapic;
 mod irqfds;
@@ -56,6 +57,18 @@ pub enum Kind {
     Split,
 }
 
+/// What KVM makes of directed EOI: that a guest can keep the end of an interrupt from I/O APICs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(in crate::fake) enum DirectedEoi {
+    /// In split mode it is told and not done, as it always was.
+    #[default]
+    Told,
+    /// `KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST`: it is told and done.
+    Done,
+    /// `KVM_X2APIC_DISABLE_SUPPRESS_EOI_BROADCAST`: it is not told.
+    None,
+}
+
 /// The chips with pins.
 #[derive(Debug)]
 struct Pins {
@@ -71,6 +84,7 @@ pub(in crate::fake) struct Irq {
     /// The first GSIs that are kept for the pins of the VMM's I/O APIC, in split mode.
     reserved: u32,
     wide_ids: bool,
+    directed_eoi: DirectedEoi,
     table: Table,
     irqfds: Irqfds,
     pins: Option<Pins>,
@@ -89,6 +103,7 @@ impl Irq {
             kind: None,
             reserved: 0,
             wide_ids: false,
+            directed_eoi: DirectedEoi::default(),
             table: Table::default(),
             irqfds: Irqfds::new()?,
             pins: None,
@@ -123,6 +138,32 @@ impl Irq {
     /// A vCPU with its local APIC, after reset.
     pub(in crate::fake) fn add_vcpu(&mut self, vcpu: u32) {
         self.lapics.add(vcpu);
+    }
+
+    /// Whether the CPUID of a vCPU has x2APIC.
+    pub(in crate::fake) fn set_x2apic(&mut self, vcpu: u32, has: bool) {
+        if let Some(lapic) = self.lapics.get_mut(vcpu) {
+            lapic.x2apic = has;
+        }
+        self.tell_version(vcpu);
+    }
+
+    /// `KVM_CAP_X2APIC_API`'s choice about directed EOI; local APICs tell when next they are asked to.
+    pub(in crate::fake) fn set_directed_eoi(&mut self, directed: DirectedEoi) {
+        self.directed_eoi = directed;
+    }
+
+    /// Directed EOI comes with x2APIC, but not with the I/O APIC of the kernel, which knows nothing
+    /// of it.
+    fn tell_version(&mut self, vcpu: u32) {
+        let told = match self.directed_eoi {
+            DirectedEoi::Told => self.kind == Some(Kind::Split),
+            DirectedEoi::Done => true,
+            DirectedEoi::None => false,
+        };
+        if let Some(lapic) = self.lapics.get_mut(vcpu) {
+            lapic.set_directed_eoi(told && lapic.x2apic);
+        }
     }
 
     /// `KVM_X2APIC_API_USE_32BIT_IDS`: messages name APIC ids of 32 bits.
@@ -263,11 +304,18 @@ impl Irq {
     /// `KVM_IRQ_LINE_STATUS`.
     pub(in crate::fake) fn line(&mut self, gsi: Gsi, level: bool) -> Result<LineStatus, Errno> {
         self.kind.ok_or(Errno::ENXIO)?;
-        Ok(match self.drive(gsi, Source::Caller, level).count() {
+        Ok(match self.drive(gsi, Source::Asking, level).count() {
             None => LineStatus::Ignored,
             Some(0) => LineStatus::Coalesced,
             Some(n) => LineStatus::Delivered(n),
         })
+    }
+
+    /// `KVM_IRQ_LINE`, whose caller does not ask what becomes of it.
+    pub(in crate::fake) fn set_line(&mut self, gsi: Gsi, level: bool) -> Result<(), Errno> {
+        self.kind.ok_or(Errno::ENXIO)?;
+        self.drive(gsi, Source::Caller, level);
+        Ok(())
     }
 
     /// `KVM_SIGNAL_MSI`.
@@ -364,6 +412,10 @@ impl Irq {
         self.kind.ok_or(Errno::EINVAL)?;
         let page: [u8; PAGE] = state.regs.map(|byte| byte as u8);
         self.lapics.get_mut(vcpu).ok_or(Errno::EINVAL)?.set_page(page);
+        self.tell_version(vcpu);
+        if let (Some(pins), Some(lapic)) = (&mut self.pins, self.lapics.get(vcpu)) {
+            pins.ioapic.restore_clock(lapic);
+        }
         self.listeners_changed();
         Ok(())
     }

@@ -218,6 +218,9 @@ pub(super) struct Pic {
     master: Chip,
     slave: Chip,
     lines: [u8; 16],
+    /// Whether it asks the processor: as it was when last it was looked at, so the processor may
+    /// come in vain (and gets pin 7).
+    output: bool,
     /// Pins that ended and nobody was told yet, as bits.
     ended: u16,
 }
@@ -225,7 +228,8 @@ pub(super) struct Pic {
 impl Pic {
     pub(super) fn new() -> Self {
         // The pins that can be level-triggered: not the timer, keyboard, cascade and clock.
-        Self { master: Chip::new(0xf8), slave: Chip::new(0xde), lines: [0; 16], ended: 0 }
+        let (master, slave) = (Chip::new(0xf8), Chip::new(0xde));
+        Self { master, slave, lines: [0; 16], output: false, ended: 0 }
     }
 
     /// Sets a line, 0 to 15.
@@ -240,17 +244,18 @@ impl Pic {
         outcome
     }
 
-    /// The slave asks by a pulse on the master's pin.
+    /// The slave asks by a pulse on the master's pin, the master asks the processor.
     pub(super) fn cascade(&mut self) {
         if self.slave.asks(false).is_some() {
             self.master.set(CASCADE, true);
             self.master.set(CASCADE, false);
         }
+        self.output = self.master.asks(true).is_some();
     }
 
     /// Whether it asks the processor.
     pub(super) fn asks(&self) -> bool {
-        self.master.asks(true).is_some()
+        self.output
     }
 
     /// The processor takes the most urgent interrupt: its vector, that of pin 7 for a spurious one.

@@ -5,7 +5,7 @@ use super::ioapic::Source;
 use super::lapic::Lapic;
 use super::message::Message;
 use super::routing::IOAPIC_PINS;
-use super::{Interrupt, Irq, lapics};
+use super::{DirectedEoi, Interrupt, Irq, lapics};
 use crate::{IrqchipId, RouteTarget};
 
 impl Irq {
@@ -60,6 +60,9 @@ impl Irq {
                 && let Some(lapic) = self.lapics.get_mut(vcpu)
             {
                 lapic.end(vector);
+                if let Some(pins) = &mut self.pins {
+                    pins.ioapic.vector_ended(vcpu, vector);
+                }
             }
         }
         taken
@@ -108,19 +111,23 @@ impl Irq {
     }
 
     /// Brings up to date whose end is heard on a vCPU. A vector that is pending or in service when
-    /// its route leads elsewhere is still heard when it ends.
-    pub(super) fn listen(&mut self, vcpu: u32) {
+    /// its route leads elsewhere is still heard when it ends. As in KVM, this is done when the vCPU
+    /// enters the guest.
+    pub(in crate::fake) fn listen(&mut self, vcpu: u32) {
         let current = Some(self.listeners);
         let Some(lapic) = self.lapics.get(vcpu).filter(|lapic| lapic.listeners != current) else {
             return;
         };
-        let mut heard = self.heard_messages();
-        heard.retain(|message| {
-            lapics::meant(lapic, message.destination, None) || lapic.has(message.vector)
-        });
+        let meant = |message: &Message| lapics::meant(lapic, message.destination, None);
+        let (meant, mut old): (Vec<_>, Vec<_>) = self.heard_messages().into_iter().partition(meant);
+        old.retain(|message| lapic.has(message.vector));
+        let vectors = |messages: &[Message]| messages.iter().map(|m| m.vector).collect::<Vec<_>>();
+        let (mut heard, old) = (vectors(&meant), vectors(&old));
+        heard.extend(&old);
         if let Some(lapic) = self.lapics.get_mut(vcpu) {
             lapic.listeners = current;
-            lapic.heard = heard.into_iter().map(|message| message.vector).collect();
+            lapic.heard = heard;
+            lapic.last_heard = old.into_iter().max();
         }
     }
 
@@ -150,11 +157,22 @@ impl Irq {
 
     /// A vector is no longer in service at a local APIC.
     pub(super) fn ended(&mut self, vcpu: u32, vector: u8) -> Option<u8> {
+        if let Some(pins) = &mut self.pins {
+            pins.ioapic.vector_ended(vcpu, vector);
+        }
         if !self.is_heard(vcpu, vector) {
             return None;
         }
+        if let Some(lapic) = self.lapics.get_mut(vcpu)
+            && lapic.last_heard == Some(vector)
+        {
+            lapic.listeners = None;
+        }
         let Some(pins) = &self.pins else {
-            return Some(vector);
+            let keeps = |lapic: &Lapic| lapic.suppresses_eoi();
+            let kept =
+                self.directed_eoi == DirectedEoi::Done && self.lapics.get(vcpu).is_some_and(keeps);
+            return (!kept).then_some(vector);
         };
         let was_level = self.lapics.get(vcpu).is_some_and(|lapic| lapic.level(vector));
         for pin in pins.ioapic.pins_of(vector) {
