@@ -1,6 +1,7 @@
 //! The cases, by subject.
 
 mod capabilities;
+mod corners;
 mod dirty;
 mod exits;
 mod ioevents;
@@ -31,6 +32,7 @@ pub fn cases<P: Platform>() -> Vec<Case<P>> {
         slots::cases(),
         dirty::cases(),
         zones::cases(),
+        corners::cases(),
     ];
     groups.into_iter().flatten().collect()
 }
