@@ -17,7 +17,7 @@ const EXIT_CODES: &str = "\
 Exit codes:
   0   the guest powered off, or all checks of the built-in guest passed
   2   the command line, an image or another input can't be used
-  4   the VM could not be made or kept running
+  4   the VM could not be made or kept running, or a trace or recording not written
   6   the guest asked for a reset
   8   the guest failed: a failed check, or a crash it reported
   10  triple fault
@@ -31,6 +31,8 @@ Examples:
   hv run --kernel vmlinux --initrd initramfs.cpio --cpus 2 --memory 512M
   hv run --kernel bzImage --cmdline 'console=ttyS0 panic=-1'
   hv run --kernel test.flat --format multiboot --device isa-debug-exit --device testdev
+  hv run --trace calls.jsonl              what is asked of KVM, and how long it takes
+  hv run --record run.jsonl               the same run again without KVM: for replay in tests
   hv doctor                               why VMs can't run here, and what to do
 
 In a VM: Ctrl-A x ends it, Ctrl-A h shows the keys.";
@@ -102,6 +104,16 @@ struct RunArgs {
     #[arg(long, conflicts_with = "kernel")]
     json: bool,
 
+    /// Write every call to KVM into FILE when it returns, a line of JSON each: arguments, result,
+    /// duration
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+
+    /// Record all calls to KVM and their results into FILE, to be replayed without KVM (see
+    /// hv_core::layer). Guest memory is not recorded
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+
     #[command(flatten)]
     kvm: KvmArg,
 }
@@ -141,8 +153,19 @@ impl RunArgs {
             devices: self.devices,
             complete: !self.no_complete,
             json: self.json,
+            trace: self.trace,
+            record: self.record,
             kernel,
         }
+    }
+}
+
+/// The configuration these arguments of `hv run` ask for.
+#[cfg(test)]
+pub(crate) fn run_config(args: &[&str]) -> RunConfig {
+    match Cli::parse_from([&["hv", "run"], args].concat()).command {
+        Command::Run(args) => args.into_config(),
+        other => panic!("{other:?}"),
     }
 }
 

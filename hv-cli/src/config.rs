@@ -29,6 +29,10 @@ pub struct RunConfig {
     pub complete: bool,
     /// The results of the built-in guest are JSON, and all there is on the standard output.
     pub json: bool,
+    /// Where every call to the hypervisor is written to as it is made, with its duration.
+    pub trace: Option<PathBuf>,
+    /// Where the transcript of the run is written to.
+    pub record: Option<PathBuf>,
 }
 
 /// A kernel to boot.

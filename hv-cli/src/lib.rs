@@ -18,6 +18,7 @@ pub mod guest;
 pub mod layout;
 pub mod loader;
 pub mod machine;
+pub mod observe;
 pub mod output;
 pub mod probe;
 pub mod run;

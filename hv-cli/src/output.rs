@@ -1,6 +1,7 @@
 //! Writing the reports of `hv`: JSON for programs, text of at most 80 columns for people.
 
 use std::io::{self, ErrorKind, Write};
+use std::path::Path;
 
 use hv_core::Errno;
 use serde::Serialize;
@@ -53,6 +54,19 @@ pub(crate) fn wrap(text: &str, indent: usize) -> Vec<String> {
         }
     }
     lines
+}
+
+/// The name of a file in a message. It may hold anything; a message is one line and moves no cursor.
+pub(crate) fn printable(path: &Path) -> String {
+    let mut name = String::new();
+    for c in path.to_string_lossy().chars() {
+        if c.is_control() {
+            name.extend(c.escape_default());
+        } else {
+            name.push(c);
+        }
+    }
+    name
 }
 
 #[cfg(test)]

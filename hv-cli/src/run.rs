@@ -5,6 +5,8 @@ use std::io::Write;
 
 use anstyle::{AnsiColor, Style};
 use hv_core::init::Consequence;
+use hv_core::layer::Interceptor;
+use hv_core::{DeviceChoice, Hypervisor, OpenError, Vm};
 
 use crate::config::RunConfig;
 use crate::console::{Console, Signals};
@@ -13,6 +15,7 @@ use crate::exit_code::{ExitCode, StopReason};
 use crate::guest::Checks;
 use crate::machine::host::HostFacts;
 use crate::machine::{Machine, Outcome};
+use crate::observe::Observers;
 use crate::output;
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
@@ -36,7 +39,50 @@ pub fn run(config: &RunConfig) -> u8 {
         Ok(signals) => signals,
         Err(error) => return fail(ExitCode::Vmm, &format_args!("signals: {error}")),
     };
-    let machine = match Machine::build(device::open, config, &HostFacts::detect()) {
+    let host = HostFacts::detect();
+    let observers = match Observers::create(config, &host) {
+        Ok(observers) => observers,
+        Err(error) => return fail(ExitCode::Usage, &error),
+    };
+    // Each is a machine of its own, so that one that nobody observes does not pay for it.
+    let code = match (observers.trace(), observers.record()) {
+        (None, None) => run_on(device::open, config, &host, &mut signals),
+        (Some(trace), None) => {
+            let open = |choice: &DeviceChoice| Ok(trace.over(device::open(choice)?));
+            run_on(open, config, &host, &mut signals)
+        }
+        (None, Some(record)) => {
+            let open = |choice: &DeviceChoice| Ok(record.over(device::open(choice)?));
+            run_on(open, config, &host, &mut signals)
+        }
+        (Some(trace), Some(record)) => {
+            // The trace below, so that its durations are those of KVM.
+            let open = |choice: &DeviceChoice| Ok(record.over(trace.over(device::open(choice)?)));
+            run_on(open, config, &host, &mut signals)
+        }
+    };
+    observers.finish().fold(code, |code, written| match written {
+        Ok(text) => {
+            say(format_args!("hv: {text}"));
+            code
+        }
+        Err(error) => fail(ExitCode::Vmm, &error),
+    })
+}
+
+/// Runs the machine on the hypervisor that `open` opens. When this returns, it is gone.
+fn run_on<H>(
+    open: impl FnOnce(&DeviceChoice) -> Result<H, OpenError>,
+    config: &RunConfig,
+    host: &HostFacts,
+    signals: &mut Signals,
+) -> u8
+where
+    H: Hypervisor,
+    H::Vm: Send + Sync + 'static,
+    <H::Vm as Vm>::Vcpu: 'static,
+{
+    let machine = match Machine::build(open, config, host) {
         Ok(machine) => machine,
         Err(error) if error.is_usage() => return fail(ExitCode::Usage, &error),
         Err(error) => return fail(ExitCode::Vmm, &error),
@@ -48,7 +94,7 @@ pub fn run(config: &RunConfig) -> u8 {
     }
     let checks = machine.checks().cloned();
     let limit = machine.deadline();
-    let serve = |console: &Console| console.serve(&mut signals, limit, StopReason::ChecksFailed);
+    let serve = |console: &Console| console.serve(signals, limit, StopReason::ChecksFailed);
     let outcome = match machine.run(serve) {
         Ok(outcome) => outcome,
         Err(error) => return fail(ExitCode::Vmm, &error),

@@ -14,6 +14,7 @@ use vm_memory::GuestMemoryBackend;
 
 use super::error::{LoadError, Problem};
 use super::space::{Part, Space};
+use crate::output::printable;
 
 /// Size of the pieces in which a file goes to guest memory.
 const PIECE: usize = 256 << 10;
@@ -82,16 +83,7 @@ impl Image {
     /// # Errors
     /// It can't be opened, is not a regular file (a FIFO is not waited for), or is empty.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
-        // A name may hold anything; an error is one line and moves no cursor.
-        let name = path.display().to_string();
-        let name: String = name
-            .chars()
-            .flat_map(|c| {
-                let escaped = c.is_control().then(|| c.escape_default());
-                let plain = escaped.is_none().then_some(c);
-                escaped.into_iter().flatten().chain(plain)
-            })
-            .collect();
+        let name = printable(path);
         Self::open_regular(path)
             .and_then(|(file, size)| Self::new(name.clone(), size, Data::File(file)))
             .map_err(|error| Problem::from(error).of(&name))

@@ -16,7 +16,7 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use hv_core::init::Record;
-use hv_core::{Errno, Hypervisor, Vm};
+use hv_core::{Errno, Hypervisor, Vcpu, Vm};
 
 use crate::complete::Counts;
 use crate::console::Console;
@@ -107,6 +107,10 @@ where
     ) -> Result<Outcome, RunError> {
         let Self { vcpus, console, stopper, interrupts, .. } = self;
         let outside = vcpus.first().map(|vcpu| vcpu.outside.clone());
+        // All before the first runs, so that a stop kicks each of them once, however soon it comes.
+        for vcpu in &vcpus {
+            stopper.add_vcpu(vcpu.vcpu.kicker());
+        }
         let mut threads = Vec::new();
         let mut result = Ok(());
         for (id, vcpu) in (0..).zip(vcpus) {

@@ -28,7 +28,7 @@ impl Stopper {
         Self(Arc::new(Inner { reason: OnceLock::new(), woken, kicks: Mutex::default() }))
     }
 
-    /// A vCPU that must hear of the stop. One that is added after it is kicked at once.
+    /// A vCPU that must hear of the stop. If that was before, it is kicked at once.
     pub fn add_vcpu(&self, kick: impl VcpuKick + 'static) {
         let mut kicks = self.0.kicks.lock().unwrap_or_else(PoisonError::into_inner);
         kicks.push(Box::new(kick));

@@ -1,5 +1,9 @@
 //! A vCPU thread: run, answer, run again, until the machine stops.
 //!
+//! Who stops the machine leaves the loop; everyone else is kicked, and a kick is never lost. So the
+//! loop only looks for the stop when it was kicked: a vCPU does the same runs whenever its thread
+//! comes to see the stop, and a recorded run can be replayed call by call.
+//!
 //! The loop allocates nothing and takes no lock of its own; what a device's answer costs is the
 //! device's business.
 
@@ -7,7 +11,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use hv_core::{InternalError, Vcpu};
+use hv_core::{InternalError, Vcpu, VcpuExit};
 use vm_memory::GuestMemoryMmap;
 
 use super::crash::CrashReport;
@@ -42,12 +46,11 @@ pub struct VcpuReport {
 }
 
 impl<V: Vcpu + 'static> VcpuThread<V> {
-    /// Starts the thread.
+    /// Starts the thread. The [`Stopper`] must know the vCPU before.
     ///
     /// # Errors
     /// The host has no thread left.
     pub fn spawn(self) -> io::Result<JoinHandle<VcpuReport>> {
-        self.stopper.add_vcpu(self.vcpu.kicker());
         let name = format!("vcpu{}", self.vcpu.id());
         thread::Builder::new().name(name).spawn(move || self.run())
     }
@@ -63,14 +66,14 @@ impl Drop for Guard<'_> {
 }
 
 impl<V: Vcpu> VcpuThread<V> {
-    /// Runs the vCPU until the machine stops.
+    /// Runs the vCPU until it stops the machine, or is kicked because something else did.
     pub fn run(mut self) -> VcpuReport {
         let stopper = self.stopper.clone();
         let id = self.vcpu.id();
         let _guard = Guard(&stopper, id);
         let mut exits = ExitCounts::default();
         let mut crash = None;
-        while !stopper.is_stopped() {
+        loop {
             let exit = match self.vcpu.run() {
                 Ok(exit) => exit,
                 Err(error) => {
@@ -80,6 +83,9 @@ impl<V: Vcpu> VcpuThread<V> {
                 }
             };
             exits.add((&exit).into());
+            if exit == VcpuExit::Interrupted && stopper.is_stopped() {
+                break;
+            }
             let reason = match answer(&mut self.vcpu, exit, &self.outside) {
                 Next::Run => continue,
                 Next::Complete(error) => match self.complete(error) {
@@ -97,6 +103,7 @@ impl<V: Vcpu> VcpuThread<V> {
                 }
             };
             stopper.stop(reason);
+            break;
         }
         VcpuReport { exits, completed: self.completer.map(|c| c.counts().clone()), crash }
     }
@@ -135,7 +142,7 @@ mod tests {
     use super::*;
     use crate::event::Event;
     use hv_core::mock::MockVcpu;
-    use hv_core::{Errno, Error, Ioctl, VcpuExit};
+    use hv_core::{Errno, Error, IoDirection, IoExit, Ioctl};
     use kvm_bindings::{kvm_regs, kvm_sregs, kvm_translation};
     use vm_memory::GuestAddress;
 
@@ -160,11 +167,20 @@ mod tests {
     }
 
     #[test]
-    fn a_stopped_machine_does_not_enter_the_guest() {
+    fn a_stopped_machine_is_left_at_the_kick_and_not_before() {
+        let mut vcpu = vcpu();
+        let mut runs = 0;
+        vcpu.expect_io_data().return_var(vec![0]);
+        vcpu.expect_run().times(2).returning(move || {
+            runs += 1;
+            let out = IoExit { direction: IoDirection::Out, port: 0x80, size: 1, count: 1 };
+            Ok(if runs == 1 { VcpuExit::Io(out) } else { VcpuExit::Interrupted })
+        });
         let stopper = stopper();
         stopper.stop(StopReason::UserQuit);
-        let report = thread(vcpu(), stopper).run();
-        assert_eq!(report.exits.total(), 0);
+        let report = thread(vcpu, stopper.clone()).run();
+        assert_eq!(report.exits.total(), 2);
+        assert_eq!(stopper.reason(), Some(&StopReason::UserQuit));
     }
 
     #[test]
