@@ -4,7 +4,8 @@ use crate::conformance::bench::{Bench, Drive, EDGE, message, msi_route, pin_rout
 use crate::conformance::expect::{holds, refused, same};
 use crate::conformance::{Case, Checked, Guest as _, Kernels, Miss, Platform, Seen, VmOf};
 use crate::{
-    Capability, Errno, Gsi, Hypervisor, IrqBackend, IrqchipId, LineStatus, Msi, Vcpu, VcpuExit, Vm,
+    Capability, Errno, Gsi, Hypervisor, IrqBackend, IrqchipId, LineStatus, Msi, MsiStatus, Vcpu,
+    VcpuExit, Vm,
 };
 
 /// A level-triggered message.
@@ -67,6 +68,22 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
             end_of_an_old_route,
         )
         .kernels(Kernels::Measured("Linux 6.18")),
+        Case::new(
+            "message-where-two-share-an-id",
+            "Where two local APICs have one id, a message to an id that none has finds no target; \
+             else the guest blocks it.",
+            |p: &P| {
+                let nobody = message(2, 0x31);
+                let vm = p.vm_with_irqchip()?;
+                let _guest = p.guest_on(&vm, 0)?;
+                same("ids of their own", vm.signal_msi(nobody)?, MsiStatus::Blocked)?;
+                let vm = p.vm_with_irqchip()?;
+                // 0 in a byte.
+                let _other = vm.create_vcpu(256).map_err(Miss::not_applicable)?;
+                let _guest = p.guest_on(&vm, 0)?;
+                same("one id", vm.signal_msi(nobody)?, MsiStatus::NoTarget)
+            },
+        ),
         Case::new(
             "pic-initialized-while-it-asks",
             "An 8259 that is initialized while it asks for service goes on asking: the processor gets \

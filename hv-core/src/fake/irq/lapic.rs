@@ -245,7 +245,13 @@ impl Lapic {
         self.get(SPIV) & SPIV_ENABLED != 0
     }
 
-    /// Its id in messages. Beyond 255 the vCPU's id counts too, as if the guest had x2APIC mode.
+    /// Its id, of one byte.
+    pub(super) fn id(&self) -> u8 {
+        (self.get(ID) >> 24) as u8
+    }
+
+    /// Whether it has this id in messages. Beyond 255 the vCPU's id counts too, as if the guest had
+    /// x2APIC mode.
     pub(super) fn has_id(&self, id: u32) -> bool {
         id == self.get(ID) >> 24 || id > 0xff && id == self.vcpu
     }

@@ -3,6 +3,8 @@
 //! KVM finds targets in a map by id, and only where that does not do by asking everyone. The two
 //! answer differently for a target that does not exist: 0 and -1.
 
+use std::collections::BTreeSet;
+
 use super::lapic::Lapic;
 use super::message::{Destination, Message, Mode, Outcome};
 use crate::fake::Loss;
@@ -16,6 +18,8 @@ pub(super) struct Lapics {
     all: Vec<Lapic>,
     /// The vCPUs that took the last message as a vector.
     takers: Vec<u32>,
+    /// Whether messages name APIC ids of 32 bits.
+    pub(super) wide_ids: bool,
 }
 
 /// How logical ids are laid out in the VM.
@@ -65,7 +69,7 @@ impl Lapics {
 
     /// `None` if the map does not do.
     fn send_by_map(&mut self, message: &Message, source: Option<u32>) -> Option<Outcome> {
-        if self.all.is_empty() {
+        if self.all.is_empty() || self.share_an_id() {
             return None;
         }
         let targets = match message.destination {
@@ -107,6 +111,12 @@ impl Lapics {
             }
             false => Some(owners.flatten().collect()),
         }
+    }
+
+    /// Whether two have one physical id, where ids have a byte: then there is no map.
+    fn share_an_id(&self) -> bool {
+        let mut seen = BTreeSet::new();
+        !self.wide_ids && !self.all.iter().all(|lapic| seen.insert(lapic.id()))
     }
 
     fn logical(&self) -> Logical {

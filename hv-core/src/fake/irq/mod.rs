@@ -169,6 +169,7 @@ impl Irq {
     /// `KVM_X2APIC_API_USE_32BIT_IDS`: messages name APIC ids of 32 bits.
     pub(in crate::fake) fn use_wide_ids(&mut self) {
         self.wide_ids = true;
+        self.lapics.wide_ids = true;
     }
 
     /// What there was to find since this was last asked.
