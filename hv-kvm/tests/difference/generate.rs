@@ -59,6 +59,10 @@ pub(crate) fn steps(profile: Profile, random: &mut Random) -> Vec<Op> {
         Profile::Creation => vec![],
     };
     if matches!(profile, Profile::Full | Profile::Split) {
+        if random.one_in(3) {
+            let flags = random.pick(&[0, 1, 3, 4, 5, 8]);
+            steps.push(Op::EnableCap(Capability::X2apicApi, flags));
+        }
         steps.extend((0..1 + random.below(VCPUS as usize) as u32).map(Op::CreateVcpu));
         steps.push(Op::SetGsiRouting(table(random, profile)));
     }
@@ -183,7 +187,7 @@ fn lapic_register(random: &mut Random) -> (u16, u32) {
         0 => (0x80, random.pick(&[0, 0, 0x20, 0x31, 0x40, 0xff])), // task priority
         1 | 2 => (0xd0, random.pick(&[1, 2, 4, 3, 0x11, 0x21, 0x12, 0, 0x80]) << 24),
         3 => (0xe0, random.pick(&[u32::MAX, u32::MAX, 0x0fff_ffff])),
-        4 => (0xf0, random.pick(&[0x1ff, 0x1ff, 0x1ff, 0xff, 0x10ff])),
+        4 => (0xf0, random.pick(&[0x1ff, 0x1ff, 0x1ff, 0xff, 0x11ff])),
         5 => (0x350, random.pick(&[0x700, 0x1_0700, 0x41, 0x400, 0x8700])), // LINT0
         6 => (0x360, random.pick(&[0x400, 0x1_0400, 0x42])),
         _ => (0x80, 0),

@@ -2,7 +2,7 @@
 
 use hv_core::conformance::{Checked, Guest, Miss, Platform, RawRequest, Seen};
 use hv_core::fake::{self, FakeKvm, FakeVcpu, FakeVm, GuestStep, Interrupt, VmView};
-use hv_core::{Errno, ExitReply, IoAddress, IoDirection, Vcpu, VcpuExit};
+use hv_core::{Errno, ExitReply, Hypervisor, IoAddress, IoDirection, Vcpu, VcpuExit};
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 
 #[derive(Debug, Default)]
@@ -26,6 +26,7 @@ impl Platform for InMemory {
 
     fn guest(&self, vm: &FakeVm, vcpu: FakeVcpu) -> Checked<Scripted> {
         let view = vm.view();
+        vcpu.set_cpuid(&self.0.supported_cpuid()?)?;
         if vcpu.lapic().is_ok() {
             view.enable_apic(vcpu.id());
             vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })?;

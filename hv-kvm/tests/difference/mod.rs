@@ -44,6 +44,9 @@ impl Pair {
                 let how = format!("KVM answers {real}\nthe fake    {told}");
                 return Some(Difference { step, how });
             }
+            if real == world::STORM {
+                return None;
+            }
             let mut how = different(&mut kvm, &mut fake);
             if !how.is_empty() {
                 // Should one of KVM's workers not have come to it yet.
