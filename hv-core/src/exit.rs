@@ -33,7 +33,7 @@ pub struct MmioExit {
     pub address: u64,
     /// Bytes, 1 to 8.
     pub len: u8,
-    /// The bytes written, or `None` for a read (answered with [`ExitReply::Mmio`]).
+    /// The bytes written, zero beyond `len`, or `None` for a read (answered with [`ExitReply::Mmio`]).
     pub written: Option<[u8; 8]>,
 }
 

@@ -62,10 +62,14 @@ pub(crate) fn decode(reason: u32, payload: &Payload) -> VcpuExit {
         k::KVM_EXIT_HLT => VcpuExit::Hlt,
         k::KVM_EXIT_MMIO => {
             let mmio = member!(payload, mmio);
+            let len = u8::try_from(mmio.len).unwrap_or(u8::MAX).min(8);
+            // Behind the bytes written KVM leaves what was there before.
+            let unused = u32::from(8 - len) * 8;
+            let written = u64::MAX.checked_shr(unused).unwrap_or(0) & u64::from_le_bytes(mmio.data);
             VcpuExit::Mmio(MmioExit {
                 address: mmio.phys_addr,
-                len: u8::try_from(mmio.len).unwrap_or(u8::MAX).min(8),
-                written: (mmio.is_write != 0).then_some(mmio.data),
+                len,
+                written: (mmio.is_write != 0).then(|| written.to_le_bytes()),
             })
         }
         k::KVM_EXIT_IRQ_WINDOW_OPEN => VcpuExit::IrqWindowOpen,
@@ -261,6 +265,11 @@ mod tests {
         let write = exit(k::KVM_EXIT_MMIO, |p| p.mmio = mmio);
         let written = Some(*b"abcdefgh");
         assert_eq!(write, VcpuExit::Mmio(MmioExit { address: 0xfee0_0000, len: 8, written }));
+        for (len, written) in [(1, *b"a\0\0\0\0\0\0\0"), (7, *b"abcdefg\0"), (0, [0; 8])] {
+            let write = exit(k::KVM_EXIT_MMIO, |p| p.mmio = Mmio { len, ..mmio });
+            let (address, len, written) = (0xfee0_0000, len as u8, Some(written));
+            assert_eq!(write, VcpuExit::Mmio(MmioExit { address, len, written }), "no stale bytes");
+        }
         for (len, cut) in [(4, 4), (9, 8), (256, 8), (u32::MAX, 8)] {
             let read = exit(k::KVM_EXIT_MMIO, |p| p.mmio = Mmio { len, is_write: 0, ..mmio });
             let expected = MmioExit { address: 0xfee0_0000, len: cut, written: None };
