@@ -146,6 +146,30 @@ impl Image {
         self.0.path().to_str().unwrap()
     }
 
+    /// An ELF kernel as Linux's `vmlinux`: 64-bit code at 16 MiB, where it is entered.
+    pub(crate) fn linux(code: &[u8]) -> Self {
+        const ENTRY: u64 = 16 << 20;
+        const NOTE: &[u8] = b"\x06\0\0\0\x04\0\0\0\0\x01\0\0Linux\0\0\0salt";
+        const NOTE_AT: u64 = 64 + 2 * 56;
+        let mut image = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        // ET_EXEC, EM_X86_64, version 1; entry; where the program headers are.
+        image.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+        image.extend([ENTRY, 64, 0].into_iter().flat_map(u64::to_le_bytes));
+        // Flags; sizes of this header and a program header, and how many of those there are.
+        image.extend([0, 0, 0, 0, 64, 0, 56, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+        let (note, code_size) = (NOTE.len() as u64, code.len() as u64);
+        let code_at = NOTE_AT + note;
+        // PT_LOAD and PT_NOTE: offset, addresses, sizes, alignment.
+        for (kind, at, address, size) in [(1u64, code_at, ENTRY, code_size), (4, NOTE_AT, 0, note)]
+        {
+            let header = [kind, at, address, address, size, size, 4];
+            image.extend(header.into_iter().flat_map(u64::to_le_bytes));
+        }
+        image.extend(NOTE);
+        image.extend(code);
+        Self::new(&image)
+    }
+
     /// A multiboot kernel: 32-bit code that runs at 1 MiB + 32.
     pub(crate) fn multiboot(code: &[u8]) -> Self {
         const MAGIC: u32 = 0x1bad_b002;
