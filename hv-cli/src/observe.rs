@@ -1,8 +1,8 @@
 //! The files of `--trace` and `--record`: made before KVM is opened, and told about when the machine
 //! is gone.
 //!
-//! A line is one `write(2)`, when its call returns. So a run that is killed, or hangs, leaves all its
-//! calls up to the last whole line; that costs less than making the line does. What can't be
+//! A line is one `write(2)`, made when its call returns: one system call more for each, and in return a
+//! run that is killed, or hangs, leaves every call it made, up to the last whole line. What can't be
 //! written never changes what the guest sees.
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -17,7 +17,7 @@ use crate::config::{KernelConfig, RunConfig};
 use crate::machine::host::HostFacts;
 use crate::output::printable;
 
-/// What a file of `--trace` or `--record` is wrong with.
+/// What is wrong with a file of `--trace` or `--record`.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ObserveError {

@@ -1,7 +1,12 @@
 //! What `hv` says to a user who asks for what can't be: one line, and the documented exit code.
 //! Nothing here opens /dev/kvm.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests fail by panicking"
+)]
 
 mod common;
 
@@ -84,6 +89,37 @@ fn images_that_are_none() {
     refused_in_one_line(&["--cpus", "256"], 2, &["--cpus 256", "255"]);
     let missing = ["--kernel", text.path(), "--format", "flat", "--initrd", "/no/such/initrd"];
     refused_in_one_line(&missing, 2, &["/no/such/initrd"]);
+}
+
+#[test]
+fn files_to_observe_a_run_with_that_can_not_be() {
+    for option in ["--trace", "--record"] {
+        refused_in_one_line(&[option, "/"], 2, &[option, "'/'", "EISDIR", "name a file"]);
+        refused_in_one_line(&[option, "/no/such/file"], 2, &[option, "/no/such/file", "ENOENT"]);
+        refused_in_one_line(&[option, "/dev/null/file"], 2, &[option, "ENOTDIR"]);
+        refused(&[option, ""], 2, &[option, "value is required"]);
+        let kernel = Image::linux(&[0xf4]);
+        let args = ["--kernel", kernel.path(), option, kernel.path()];
+        refused_in_one_line(&args, 2, &[option, "overwrite", "--kernel"]);
+        assert!(std::fs::metadata(kernel.path()).unwrap().len() > 0);
+    }
+    let file = Image::new(b"kept");
+    let args = ["--trace", file.path(), "--record", file.path()];
+    refused_in_one_line(&args, 2, &["--trace and --record", file.path()]);
+    assert_eq!(std::fs::read(file.path()).unwrap(), b"kept");
+}
+
+#[test]
+fn what_fails_before_kvm_is_open_is_recorded_as_nothing() {
+    let (trace, record) = (Image::new(b"what was there"), Image::new(b"what was there"));
+    let ran = run(&["--trace", trace.path(), "--record", record.path()]);
+    assert_eq!(ran.code, Some(4), "{ran:?}");
+    assert!(ran.stderr.contains("/no/such/kvm: ") && ran.stderr.contains("0 calls traced"));
+    assert_eq!(std::fs::read(trace.path()).unwrap(), b"");
+    let record = std::fs::read_to_string(record.path()).unwrap();
+    let [first, end] = record.lines().collect::<Vec<_>>()[..] else { panic!("{record}") };
+    assert!(first.starts_with(r#"{"hv-transcript":1,"#), "{first}");
+    assert_eq!(end, r#"{"end":true}"#);
 }
 
 #[test]
