@@ -13,7 +13,7 @@ use std::cell::RefCell;
 use std::io::{self, Write};
 
 use hv_core::Vm;
-use hv_core::fake::{FakeKvm, Live};
+use hv_core::fake::{FakeKvm, Finding, Live};
 use sweep::{Counts, Host, Made};
 
 #[derive(Default)]
@@ -27,7 +27,7 @@ impl Host for Fake {
         self.0.borrow().clone()
     }
 
-    fn check_vm<V: Vm>(&self, _vm: &V, _made: &Made) {
+    fn check_vm<V: Vm>(&self, _vm: &V, made: &Made) {
         let kvm = self.0.borrow();
         let vms = kvm.vms();
         let [view] = vms.as_slice() else { panic!("{} VMs", vms.len()) };
@@ -35,11 +35,22 @@ impl Host for Fake {
         assert_eq!(view.irqfds(), [], "irqfds are left");
         assert_eq!(view.ioeventfds(), [], "ioeventfds are left");
         assert_eq!(view.coalesced_zones(), [], "zones are left");
+        if let Some(expected) = &made.routes {
+            let (mut routes, mut expected) = (view.routes(), expected.clone());
+            routes.sort_unstable();
+            expected.sort_unstable();
+            assert_eq!(routes, expected, "routes are left, or gone");
+        }
+        assert_eq!(kvm.findings(), [], "KVM let something pass");
     }
 
     fn check_closed(&self, before: &Counts) {
         let kvm = self.0.borrow();
         assert_eq!(kvm.live(), Live { hypervisors: 1, ..Live::default() });
+        // What the end of a VM takes with it was left on purpose.
+        let meant = |finding: &Finding| matches!(finding, Finding::Left(_));
+        let findings = kvm.findings();
+        assert!(findings.iter().all(meant), "KVM let something pass: {findings:?}");
         assert_eq!(Counts::now(), *before);
     }
 
