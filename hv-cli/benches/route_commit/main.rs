@@ -9,6 +9,10 @@
 //! `raw` and `one` change the same message of the same table each time, so that both write it. As a
 //! criterion benchmark each is measured on its own. With `-- --paired SERIES` they take turns, and one
 //! line of times is printed per round. `cargo xtask bench irq` judges them.
+//!
+//! KVM waits until no vCPU can be using the old table, as long as that takes on a machine that does other
+//! things, too. So a line also has the time each thread was on a processor (`raw-cpu`), without that
+//! wait: it is the same for all, and only hides what they differ in.
 
 #![allow(clippy::panic, clippy::expect_used, clippy::unwrap_used, reason = "a benchmark")]
 #![allow(clippy::indexing_slicing, reason = "a benchmark")]
@@ -22,6 +26,7 @@ use criterion::Criterion;
 use hv_core::{Gsi, Hypervisor, Msi, Route, RouteTarget, Vm};
 use hv_irq::{GsiRoute, IrqRouter, LEGACY_GSIS, LegacyPins, RouterConfig, pc_default_routes};
 use hv_kvm::{Kvm, KvmVm};
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::raw::RawTable;
 
@@ -69,17 +74,29 @@ impl Changes {
     }
 }
 
+/// How long commits took.
+#[derive(Clone, Copy, Default)]
+struct Times {
+    elapsed: Duration,
+    on_cpu: Duration,
+}
+
+/// How long this thread has been on a processor, in the kernel or not.
+fn on_cpu() -> Duration {
+    clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap()
+}
+
 /// Something that commits.
 trait Loop {
     /// Changes something and writes the table.
     fn commit(&mut self);
 
-    fn time(&mut self, commits: u64) -> Duration {
-        let start = Instant::now();
+    fn time(&mut self, commits: u64) -> Times {
+        let (start, start_on_cpu) = (Instant::now(), on_cpu());
         for _ in 0..commits {
             self.commit();
         }
-        start.elapsed()
+        Times { on_cpu: on_cpu() - start_on_cpu, elapsed: start.elapsed() }
     }
 }
 
@@ -142,14 +159,17 @@ fn paired(series: usize) {
         for round in 0..ROUNDS {
             // Who begins changes, and with the direction, who follows whom.
             let step = if (round / count).is_multiple_of(2) { 1 } else { count - 1 };
-            let mut times = vec![Duration::ZERO; count];
+            let mut times = vec![Times::default(); count];
             for turn in 0..count {
                 let at = (round + turn * step) % count;
                 times[at] = loops[at].1.time(1);
             }
             let columns = loops.iter().zip(&times);
-            let columns: Vec<_> =
-                columns.map(|((name, _), time)| format!("{name}={}", time.as_nanos())).collect();
+            let columns: Vec<_> = columns
+                .map(|((name, _), Times { elapsed, on_cpu })| {
+                    format!("{name}={} {name}-cpu={}", elapsed.as_nanos(), on_cpu.as_nanos())
+                })
+                .collect();
             println!("round: {}", columns.join(" "));
         }
     }
@@ -159,7 +179,7 @@ fn alone(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("route_commit");
     group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
     for (name, mut measured) in loops() {
-        group.bench_function(name, |bencher| bencher.iter_custom(|n| measured.time(n)));
+        group.bench_function(name, |bencher| bencher.iter_custom(|n| measured.time(n).elapsed));
     }
     group.finish();
 }

@@ -4,12 +4,15 @@
 //! about another. No test depends on these.
 
 mod callgrind;
+mod irq;
 mod paired;
 mod table;
 mod traits;
 
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
 
 use cargo_metadata::{Message, TargetKind};
 use clap::ValueEnum;
@@ -18,13 +21,19 @@ use thiserror::Error;
 use crate::kvm_test;
 use crate::process::{self, Event, Read};
 use crate::workspace;
+use paired::Rounds;
 use table::{Row, Table};
+
+/// How long a benchmark may run.
+const LIMIT: Duration = Duration::from_secs(10 * 60);
 
 /// What can be measured.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Bench {
     /// What the traits, and layers over them, cost a run loop
     Traits,
+    /// What giving GSIs out, and committing routes, costs
+    Irq,
 }
 
 /// Why there is no result, or that it is not good enough.
@@ -59,6 +68,7 @@ pub(crate) fn run(bench: Option<Bench>) -> Result<(), Error> {
     for bench in benches {
         rows.extend(match bench {
             Bench::Traits => traits::run()?,
+            Bench::Irq => irq::run()?,
         });
     }
     let table = Table(&rows);
@@ -86,6 +96,32 @@ fn executable(
         }
     })?;
     built(&messages, name).ok_or(Error::NotBuilt { package, name })
+}
+
+/// Shows what criterion says of each loop of a benchmark, and returns its rounds.
+fn measure(program: &Path, series: u32) -> Result<Rounds, Error> {
+    let mut criterion = Command::new(program);
+    // Two runs on a busy machine differ for no reason that would be worth a report.
+    criterion.args(["--bench", "--discard-baseline"]);
+    process::stream(&mut criterion, Read::Stdout, Some(LIMIT), |event| {
+        if let Event::Line(line) = event {
+            anstream::println!("{line}");
+        }
+    })?;
+
+    let mut rounds = Rounds::default();
+    let mut malformed = None;
+    let mut pairs = Command::new(program);
+    pairs.args(["--paired", &series.to_string()]);
+    process::stream(&mut pairs, Read::Stdout, Some(LIMIT), |event| {
+        if let Event::Line(line) = event
+            && let Err(error) = rounds.take(line)
+        {
+            malformed.get_or_insert(error);
+        }
+    })?;
+    malformed.map_or(Ok(()), Err)?;
+    Ok(rounds)
 }
 
 /// The program of the benchmark `name` in what cargo said about a build.

@@ -1,20 +1,13 @@
 //! `cargo xtask bench traits`: what the traits of hv-core, and layers over them, cost a run loop.
 
-use std::process::Command;
-use std::time::Duration;
-
 use super::callgrind;
 use super::paired::{self, Rounds};
 use super::table::Row;
-use super::{Error, executable};
-use crate::process::{self, Event, Read};
+use super::{Error, executable, measure};
 use crate::workspace::KVM_TESTS;
 
 /// So many times the run loops are compared with new VMs: some seconds.
 const SERIES: u32 = 30;
-
-/// How long the benchmark may run.
-const LIMIT: Duration = Duration::from_secs(10 * 60);
 
 /// Runs both benchmarks.
 pub(crate) fn run() -> Result<Vec<Row>, Error> {
@@ -44,27 +37,7 @@ fn instructions() -> Result<Vec<Row>, Error> {
 /// Loops over KVM, in time.
 fn times() -> Result<Vec<Row>, Error> {
     let program = executable("hv-kvm", "run_loop", &[KVM_TESTS])?;
-    let mut criterion = Command::new(&program);
-    // Two runs on a busy machine differ for no reason that would be worth a report.
-    criterion.args(["--bench", "--discard-baseline"]);
-    process::stream(&mut criterion, Read::Stdout, Some(LIMIT), |event| {
-        if let Event::Line(line) = event {
-            anstream::println!("{line}");
-        }
-    })?;
-
-    let mut rounds = Rounds::default();
-    let mut malformed = None;
-    let mut pairs = Command::new(&program);
-    pairs.args(["--paired", &SERIES.to_string()]);
-    process::stream(&mut pairs, Read::Stdout, Some(LIMIT), |event| {
-        if let Event::Line(line) = event
-            && let Err(error) = rounds.take(line)
-        {
-            malformed.get_or_insert(error);
-        }
-    })?;
-    malformed.map_or(Ok(()), Err)?;
+    let rounds = measure(&program, SERIES)?;
     anstream::println!("run_loop: {} rounds", rounds.len());
     Ok(judge(&rounds)?)
 }
