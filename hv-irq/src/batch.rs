@@ -317,6 +317,46 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_bound_without_a_route_even_if_undoing_fails() {
+        // What was bound can't be unbound again: its route stays.
+        let (stuck, log) = router(4096, |told| {
+            let refused = matches!(told, Told::Assign(Gsi(25)) | Told::Deassign(_));
+            refused.then_some(Errno::ENOMEM)
+        });
+        let routes = Mutex::new(Vec::new());
+        let done = stuck.batch(|batch| {
+            for _ in 0..2 {
+                let route = batch.add_msi(msi(1))?;
+                batch.bind(&route, event())?;
+                routes.lock().unwrap().push(route);
+            }
+            Ok(())
+        });
+        assert!(matches!(done, Err(RouterError::RollbackFailed { .. })));
+        assert_eq!(taken(&log).last(), Some(&Told::Table(39)));
+        assert_eq!(stuck.irqfds()[0].gsi, Gsi(24));
+        assert_eq!(stuck.routes().last().map(|route| route.gsi), Some(Gsi(24)));
+
+        // The table can't be put back: what lost its route is not bound again.
+        let tables = Arc::new(Mutex::new(0));
+        let (gone, log) = router(4096, move |told| {
+            let mut tables = tables.lock().unwrap();
+            *tables += i32::from(matches!(told, Told::Table(_)));
+            (told == Told::Assign(Gsi(25)) || *tables > 3).then_some(Errno::ENOMEM)
+        });
+        let [bound]: [_; 1] = add(&gone, 1).try_into().unwrap();
+        gone.batch(|batch| batch.bind(&bound, event())).unwrap();
+        taken(&log);
+        let done = gone.batch(|batch| {
+            batch.remove(bound)?;
+            let route = batch.add_msi(msi(2))?;
+            batch.bind(&route, event())
+        });
+        assert!(matches!(done, Err(RouterError::RollbackFailed { .. })));
+        assert!(gone.irqfds().is_empty() && !taken(&log).contains(&Told::Assign(Gsi(24))));
+    }
+
+    #[test]
     fn a_route_that_kvm_keeps_is_removed_by_the_next_commit() {
         let refusals = Arc::new(Mutex::new(1));
         let (router, log) = router(4096, move |told| {

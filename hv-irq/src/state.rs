@@ -342,10 +342,19 @@ impl State {
         for irqfd in bind.into_iter().take(bound) {
             if let Err(error) = vm.irqfd_deassign(&irqfd.event, irqfd.gsi) {
                 failure.get_or_insert(error);
+                // It must not be without a route.
+                let kept = refused.iter().find(|&&(gsi, _)| gsi == irqfd.gsi);
+                if let (Targets::None, Some(&(gsi, targets))) = (self.table.get(irqfd.gsi), kept) {
+                    self.table.put(gsi, targets);
+                }
                 self.irqfds.insert(irqfd);
             }
         }
-        if written && let Err(error) = vm.set_gsi_routing(&self.table.routes()) {
+        let differs = refused.iter().any(|&(gsi, targets)| self.table.get(gsi) != targets);
+        if written
+            && differs
+            && let Err(error) = vm.set_gsi_routing(&self.table.routes())
+        {
             failure.get_or_insert(error);
             for (gsi, targets) in refused {
                 self.table.put(gsi, targets);
@@ -354,8 +363,13 @@ impl State {
         for irqfd in unbind.iter().take(unbound) {
             let fd = irqfd.event.as_raw_fd();
             // A new binding of the same eventfd that could not be undone stays instead.
-            let restored = self.irqfds.get(fd) == Some(irqfd);
-            if restored && let Err(error) = vm.irqfd_assign(irqfd) {
+            if self.irqfds.get(fd) != Some(irqfd) {
+                continue;
+            }
+            if self.table.get(irqfd.gsi) == Targets::None {
+                // Its route could not be restored: its events wait, and are not lost.
+                self.irqfds.remove(fd);
+            } else if let Err(error) = vm.irqfd_assign(irqfd) {
                 failure.get_or_insert(error);
                 self.irqfds.remove(fd);
             }
