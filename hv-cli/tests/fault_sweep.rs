@@ -13,13 +13,15 @@ use std::cell::RefCell;
 use std::io::{self, Write};
 
 use hv_core::Vm;
-use hv_core::fake::{FakeKvm, Finding, Live};
+use hv_core::fake::{FakeKvm, FakeVcpu, FakeVm, Finding, Live};
 use sweep::{Counts, Host, Made};
 
 #[derive(Default)]
 struct Fake(RefCell<FakeKvm>);
 
 impl Host for Fake {
+    type Vcpu = FakeVcpu;
+    type Vm = FakeVm;
     type Hypervisor = FakeKvm;
 
     fn open(&self) -> FakeKvm {

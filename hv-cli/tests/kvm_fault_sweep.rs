@@ -16,13 +16,15 @@ use std::sync::Arc;
 use hv_core::{
     Gsi, HostRange, Irqfd, LineStatus, MemorySlot, Msi, Route, RouteTarget, SlotFlags, Vcpu, Vm,
 };
-use hv_kvm::Kvm;
+use hv_kvm::{Kvm, KvmVcpu, KvmVm};
 use hv_memory::{Mapping, page_size};
 use sweep::{Counts, Host, Made};
 
 struct DevKvm;
 
 impl Host for DevKvm {
+    type Vcpu = KvmVcpu;
+    type Vm = KvmVm;
     type Hypervisor = Kvm;
 
     fn open(&self) -> Kvm {

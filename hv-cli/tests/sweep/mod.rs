@@ -12,6 +12,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use hv_cli::config::{IrqchipMode, MemorySize, RunConfig};
+use hv_cli::machine::Machine;
+use hv_cli::machine::host::HostFacts;
 use hv_core::init::{Config, InitializedVm, Irqchip, init};
 use hv_core::layer::{CallSite, Faults, Interceptor, Layered};
 use hv_core::{
@@ -27,7 +30,9 @@ use vm_memory::GuestAddress;
 
 /// What the flows run on.
 pub(crate) trait Host {
-    type Hypervisor: Hypervisor;
+    type Vcpu: Vcpu + 'static;
+    type Vm: Vm<Vcpu = Self::Vcpu> + Send + Sync + 'static;
+    type Hypervisor: Hypervisor<Vm = Self::Vm>;
 
     /// A fresh hypervisor.
     fn open(&self) -> Self::Hypervisor;
@@ -147,7 +152,7 @@ impl Run {
 
 /// Runs all flows and returns how many pairs there were.
 pub(crate) fn run<H: Host>(host: &H) -> usize {
-    let flows: [(&str, Flow<H>); 8] = [
+    let flows: [(&str, Flow<H>); 10] = [
         ("init, no irqchip", |h, run| start(h, run, Irqchip::Off)),
         ("init, irqchip in the kernel", |h, run| start(h, run, Irqchip::Kernel { pit: true })),
         ("init, split irqchip", |h, run| start(h, run, Irqchip::Split { pins: 24 })),
@@ -156,6 +161,8 @@ pub(crate) fn run<H: Host>(host: &H) -> usize {
         ("routing, split", |h, run| routing(h, run, LegacyPins::Userspace)),
         ("doorbells", doorbells),
         ("a whole VM and its tear-down", whole),
+        ("the machine of hv, irqchip in the kernel", |h, run| machine(h, run, IrqchipMode::Kernel)),
+        ("the machine of hv, split irqchip", |h, run| machine(h, run, IrqchipMode::Split)),
     ];
     let mut all = 0;
     for (name, flow) in flows {
@@ -480,4 +487,24 @@ fn whole<H: Host>(host: &H, run: &mut Run) -> Result<(), String> {
     })();
     assert_freed(&made);
     result
+}
+
+/// The machine of the built-in guest, from its configuration to its end, without running it.
+fn machine<H: Host>(host: &H, run: &mut Run, irqchip: IrqchipMode) -> Result<(), String> {
+    let config = RunConfig {
+        kvm: DeviceChoice::default(),
+        kernel: None,
+        cpus: 2,
+        memory: MemorySize(16 << 20),
+        irqchip,
+        devices: Vec::new(),
+        complete: true,
+        json: false,
+        trace: None,
+        record: None,
+    };
+    let machine = Machine::build(open(host, &run.faults), &config, &HostFacts::detect());
+    let machine = machine.map_err(text)?;
+    run.drop(machine);
+    Ok(())
 }
