@@ -16,6 +16,9 @@ pub trait IrqBackend {
     /// Binds an eventfd to a GSI (`KVM_IRQFD`). An eventfd that is already signalled delivers at
     /// once. KVM does not check the GSI.
     ///
+    /// The caller must keep the eventfd open for as long as it is to work: closing its last
+    /// descriptor unbinds it, without a word.
+    ///
     /// # Errors
     /// `EBUSY` if the eventfd is already bound, `EINVAL` for a resample eventfd in split mode.
     fn irqfd_assign(&self, irqfd: &Irqfd) -> Result<(), Error>;

@@ -17,19 +17,23 @@ use std::sync::Arc;
 /// It is made from any descriptor; KVM refuses one that is no eventfd. It should be non-blocking.
 /// Two are equal if they are the same descriptor.
 #[derive(Debug, Clone)]
-pub struct EventFd(Arc<File>);
+pub struct EventFd {
+    file: Arc<File>,
+    /// Shared by those who hold the eventfd, as distinct from those who watch it.
+    holders: Arc<()>,
+}
 
 impl EventFd {
     /// Adds 1. At its maximum the counter stays there, which wakes just as well.
     pub fn signal(&self) {
-        let _ = (&*self.0).write(&1u64.to_ne_bytes());
+        let _ = (&*self.file).write(&1u64.to_ne_bytes());
     }
 
     /// Takes the count, if it is not 0.
     #[must_use]
     pub fn take(&self) -> Option<u64> {
         let mut count = [0; 8];
-        match (&*self.0).read(&mut count) {
+        match (&*self.file).read(&mut count) {
             Ok(8) => Some(u64::from_ne_bytes(count)),
             _ => None,
         }
@@ -45,29 +49,60 @@ impl EventFd {
     }
 }
 
+/// An eventfd as KVM has it: its signals are seen, but for everyone else it is closed when the last
+/// [`EventFd`] is.
+#[cfg(feature = "fake")]
+#[derive(Debug)]
+pub(crate) struct WatchedEventFd {
+    event: EventFd,
+    holders: std::sync::Weak<()>,
+}
+
+#[cfg(feature = "fake")]
+impl WatchedEventFd {
+    pub(crate) fn new(event: &EventFd) -> Self {
+        let watcher = EventFd { file: event.file.clone(), holders: Arc::default() };
+        Self { event: watcher, holders: event.downgrade() }
+    }
+
+    pub(crate) fn is_held(&self) -> bool {
+        self.holders.strong_count() > 0
+    }
+
+    /// For one more holder, if there is one.
+    pub(crate) fn upgrade(&self) -> Option<EventFd> {
+        Some(EventFd { file: self.event.file.clone(), holders: self.holders.upgrade()? })
+    }
+
+    /// Without holding it, also when nobody does.
+    pub(crate) fn event(&self) -> &EventFd {
+        &self.event
+    }
+}
+
 #[cfg(feature = "fake")]
 impl EventFd {
     /// Tells whether someone still holds it, without holding it.
-    pub(crate) fn downgrade(&self) -> std::sync::Weak<File> {
-        Arc::downgrade(&self.0)
+    pub(crate) fn downgrade(&self) -> std::sync::Weak<()> {
+        Arc::downgrade(&self.holders)
     }
 }
 
 impl From<OwnedFd> for EventFd {
     fn from(fd: OwnedFd) -> Self {
-        Self(Arc::new(fd.into()))
+        Self { file: Arc::new(fd.into()), holders: Arc::default() }
     }
 }
 
 impl AsFd for EventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.file.as_fd()
     }
 }
 
 impl AsRawFd for EventFd {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.file.as_raw_fd()
     }
 }
 
@@ -126,5 +161,19 @@ mod tests {
         assert!(event.id().is_some());
         assert_ne!(super::tests::event().id(), event.id());
         assert_eq!(EventFd::from(OwnedFd::from(File::open("/dev/null").unwrap())).id(), None);
+    }
+
+    #[test]
+    fn a_watcher_is_no_holder() {
+        let event = event();
+        let watched = WatchedEventFd::new(&event);
+        let second = watched.upgrade().unwrap();
+        assert_eq!((&second, watched.event()), (&event, &event));
+        drop(event);
+        assert!(watched.is_held());
+        second.signal();
+        drop(second);
+        assert!(!watched.is_held() && watched.upgrade().is_none());
+        assert_eq!(watched.event().take(), Some(1), "its signals are still there");
     }
 }

@@ -80,8 +80,9 @@ pub struct Route {
 
 /// An eventfd bound to a GSI: writing to it raises the interrupt without the VMM.
 ///
-/// KVM holds its own reference, so closing an assigned eventfd unbinds nothing that another reference
-/// keeps alive.
+/// KVM holds no descriptor of it: when the last one of `event` closes, wherever it is (a duplicate,
+/// another process), KVM unbinds it, and lowers the line that a resample irqfd held. `resample` may
+/// be closed; KVM then goes on signalling what nobody reads.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Irqfd {
     /// The eventfd that raises the interrupt.

@@ -79,7 +79,7 @@ pub struct Live {
     pub eventfds: usize,
     /// Memory slots.
     pub slots: usize,
-    /// Assigned irqfds.
+    /// Assigned irqfds whose eventfds are held.
     pub irqfds: usize,
     /// Assigned ioeventfds.
     pub ioeventfds: usize,

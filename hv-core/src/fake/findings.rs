@@ -81,6 +81,11 @@ pub enum Finding {
         /// The GSI that was named.
         gsi: Gsi,
     },
+    /// The last [`crate::EventFd`] of an irqfd was dropped, which unbound it.
+    ClosedIrqfd {
+        /// The GSI it was bound to.
+        gsi: Gsi,
+    },
     /// An event of an irqfd was taken and delivered to nobody.
     LostEvent {
         /// The GSI of the irqfd.
@@ -114,6 +119,9 @@ impl fmt::Display for Finding {
             }
             Finding::VainDeassign { gsi } => {
                 write!(f, "an irqfd was deassigned from GSI {gsi} that was not assigned to it")
+            }
+            Finding::ClosedIrqfd { gsi } => {
+                write!(f, "the irqfd on GSI {gsi} was unbound because its eventfd was closed")
             }
             Finding::LostEvent { gsi, why } => {
                 write!(f, "an event of the irqfd on GSI {gsi} was lost: {why}")
@@ -152,6 +160,7 @@ mod tests {
             (Finding::UnroutedIrqfd { gsi: Gsi(31) }, "GSI 31"),
             (Finding::GsiOutOfRange { gsi: Gsi(5000), limit: 4096 }, "below 4096"),
             (Finding::VainDeassign { gsi: Gsi(7) }, "GSI 7"),
+            (Finding::ClosedIrqfd { gsi: Gsi(8) }, "GSI 8"),
             (Finding::LostEvent { gsi: Gsi(7), why: Loss::Masked }, "masked"),
             (Finding::DuplicateZone(zone), "0xa0000"),
             (Finding::VainUnregister(zone), "0xa0000"),

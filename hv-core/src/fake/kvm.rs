@@ -1,6 +1,5 @@
 //! The hypervisor itself: what all its VMs share.
 
-use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use kvm_bindings::kvm_cpuid_entry2;
@@ -52,7 +51,7 @@ pub(super) struct System {
     calls: Mutex<CallCounts>,
     findings: Mutex<Vec<Finding>>,
     vms: Mutex<Vec<Weak<Shared>>>,
-    eventfds: Mutex<Vec<Weak<File>>>,
+    eventfds: Mutex<Vec<Weak<()>>>,
 }
 
 /// Nothing that can panic runs under these locks.

@@ -39,7 +39,8 @@
 //! ```
 //!
 //! What it does not do: run code, tick (timers, clocks and the PIT stand still), x2APIC mode, system
-//! management mode, and the contents of dirty rings. Every call settles first: signals that were made
+//! management mode, and the contents of dirty rings. A descriptor of an eventfd that was duplicated
+//! other than by cloning its [`EventFd`](crate::EventFd) does not keep an irqfd. Every call settles first: signals that were made
 //! before it count before it.
 
 mod backends;

@@ -65,7 +65,7 @@ impl VmView {
         self.0.with(|state| state.irq.routes().to_vec())
     }
 
-    /// The irqfds that are assigned.
+    /// The irqfds that are assigned. Holding one holds its eventfds open.
     #[must_use]
     pub fn irqfds(&self) -> Vec<Irqfd> {
         self.0.with(|state| state.irq.irqfds())

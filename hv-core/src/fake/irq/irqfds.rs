@@ -3,6 +3,10 @@
 //! An epoll instance tells of signals, edge-triggered, because KVM sees the signals and not the
 //! counter: an eventfd whose counter was not 0 when it was assigned keeps it and stays quiet until
 //! the next signal.
+//!
+//! The bindings keep no eventfd open for anyone else: one ends when the last [`EventFd`] of its eventfd
+//! goes, with what was signalled until then. A descriptor that was duplicated by other means keeps a
+//! binding of KVM, and none here.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,6 +16,7 @@ use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::event::WatchedEventFd;
 use crate::{Errno, EventFd, Gsi, Irqfd};
 
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -24,7 +29,9 @@ fn errno(errno: rustix::io::Errno) -> Errno {
 
 #[derive(Debug)]
 struct Bound {
-    irqfd: Irqfd,
+    event: WatchedEventFd,
+    gsi: Gsi,
+    resample: Option<WatchedEventFd>,
     /// What of its counter was there when it was assigned.
     stale: u64,
     /// Whether epoll is still to tell that it was there.
@@ -38,15 +45,32 @@ pub(super) struct Irqfds {
     bound: BTreeMap<u64, Bound>,
 }
 
-/// What became of a request to unbind.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Deassigned {
-    /// There was no such binding.
-    Nothing,
-    /// This one is gone.
-    Irqfd(Irqfd),
-    /// And it was signalled just before.
-    Signalled(Irqfd),
+impl Bound {
+    fn wire(&self) -> Wire {
+        Wire { gsi: self.gsi, resamples: self.resample.is_some() }
+    }
+}
+
+/// Where the events of an irqfd go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Wire {
+    pub(super) gsi: Gsi,
+    /// Whether it has a resample eventfd: its events are a level, not a pulse.
+    pub(super) resamples: bool,
+}
+
+impl From<&Irqfd> for Wire {
+    fn from(irqfd: &Irqfd) -> Self {
+        Self { gsi: irqfd.gsi, resamples: irqfd.resample.is_some() }
+    }
+}
+
+/// A binding that is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Unbound {
+    pub(super) wire: Wire,
+    /// Whether it was signalled just before.
+    pub(super) signalled: bool,
 }
 
 impl Irqfds {
@@ -64,8 +88,19 @@ impl Irqfds {
         self.epoll.as_fd()
     }
 
-    pub(super) fn list(&self) -> impl Iterator<Item = &Irqfd> {
-        self.bound.values().map(|bound| &bound.irqfd)
+    /// Those whose eventfds are open.
+    pub(super) fn list(&self) -> impl Iterator<Item = Irqfd> {
+        self.bound.values().filter_map(|bound| {
+            let resample = bound.resample.as_ref();
+            // KVM goes on signalling a resample eventfd that is closed.
+            let resample = resample.map(|r| r.upgrade().unwrap_or_else(|| r.event().clone()));
+            Some(Irqfd { event: bound.event.upgrade()?, gsi: bound.gsi, resample })
+        })
+    }
+
+    /// The GSIs that have irqfds.
+    pub(super) fn gsis(&self) -> impl Iterator<Item = Gsi> {
+        self.bound.values().map(|bound| bound.gsi)
     }
 
     /// Binds an eventfd; whether it was already signalled.
@@ -85,29 +120,41 @@ impl Irqfds {
         // A signal from here on is in this count, or makes another.
         let stale = count(&irqfd.event);
         let primed = stale > 0;
-        self.bound.insert(id, Bound { irqfd: irqfd.clone(), stale, primed });
+        let event = WatchedEventFd::new(&irqfd.event);
+        let resample = irqfd.resample.as_ref().map(WatchedEventFd::new);
+        self.bound.insert(id, Bound { event, gsi: irqfd.gsi, resample, stale, primed });
         Ok(primed)
     }
 
-    /// Unbinds an eventfd and, as KVM does, takes what its counter has.
+    /// Unbinds an eventfd and, as KVM does, takes what its counter has. `None` if there was no such
+    /// binding.
     ///
     /// # Errors
     /// `EINVAL` for what is no eventfd.
-    pub(super) fn deassign(&mut self, event: &EventFd, gsi: Gsi) -> Result<Deassigned, Errno> {
+    pub(super) fn deassign(&mut self, event: &EventFd, gsi: Gsi) -> Result<Option<Unbound>, Errno> {
         let id = event.id().ok_or(Errno::EINVAL)?;
-        if self.bound.get(&id).is_none_or(|bound| bound.irqfd.gsi != gsi) {
-            return Ok(Deassigned::Nothing);
+        if self.bound.get(&id).is_none_or(|bound| bound.gsi != gsi) {
+            return Ok(None);
         }
-        let Some(Bound { irqfd, stale, .. }) = self.bound.remove(&id) else {
-            return Ok(Deassigned::Nothing);
-        };
-        let _ = epoll::delete(&self.epoll, &irqfd.event);
-        let signalled = drain(&irqfd.event) > stale;
-        Ok(if signalled { Deassigned::Signalled(irqfd) } else { Deassigned::Irqfd(irqfd) })
+        Ok(self.unbind(id))
+    }
+
+    /// Unbinds the eventfds that were closed.
+    pub(super) fn closed(&mut self) -> Vec<Unbound> {
+        let closed = self.bound.iter().filter(|(_, bound)| !bound.event.is_held());
+        let closed: Vec<u64> = closed.map(|(&id, _)| id).collect();
+        closed.into_iter().filter_map(|id| self.unbind(id)).collect()
+    }
+
+    fn unbind(&mut self, id: u64) -> Option<Unbound> {
+        let bound = self.bound.remove(&id)?;
+        let event = bound.event.event();
+        let _ = epoll::delete(&self.epoll, event);
+        Some(Unbound { wire: bound.wire(), signalled: drain(event) > bound.stale })
     }
 
     /// The irqfds that were signalled since this was last asked; their counters are taken.
-    pub(super) fn signalled(&mut self) -> Vec<Irqfd> {
+    pub(super) fn signalled(&mut self) -> Vec<Wire> {
         let mut signalled = Vec::new();
         let mut events = Vec::with_capacity(BATCH);
         // Whoever signals all the time is heard next time.
@@ -120,12 +167,13 @@ impl Irqfds {
             for event in &events {
                 if let Some(bound) = self.bound.get_mut(&event.data.u64()) {
                     let primed = std::mem::take(&mut bound.primed);
-                    if primed && count(&bound.irqfd.event) == bound.stale {
+                    let event = bound.event.event();
+                    if primed && count(event) == bound.stale {
                         continue;
                     }
-                    drain(&bound.irqfd.event);
+                    drain(event);
                     bound.stale = 0;
-                    signalled.push(bound.irqfd.clone());
+                    signalled.push(bound.wire());
                 }
             }
             if events.len() < BATCH {
@@ -137,13 +185,14 @@ impl Irqfds {
 
     /// Whether a GSI has an irqfd with a resample eventfd.
     pub(super) fn resamples(&self, gsi: Gsi) -> bool {
-        self.list().any(|irqfd| irqfd.gsi == gsi && irqfd.resample.is_some())
+        self.bound.values().any(|bound| bound.gsi == gsi && bound.resample.is_some())
     }
 
     /// Signals the resample eventfds of a GSI.
     pub(super) fn resample(&self, gsi: Gsi) {
-        for irqfd in self.list().filter(|irqfd| irqfd.gsi == gsi) {
-            if let Some(resample) = irqfd.resample.as_ref().filter(|e| ready(e, PollFlags::OUT)) {
+        for bound in self.bound.values().filter(|bound| bound.gsi == gsi) {
+            let resample = bound.resample.as_ref().map(WatchedEventFd::event);
+            if let Some(resample) = resample.filter(|e| ready(e, PollFlags::OUT)) {
                 resample.signal();
             }
         }
@@ -183,8 +232,12 @@ mod tests {
         Irqfd { event: event.clone(), gsi: Gsi(gsi), resample: None }
     }
 
-    fn gsis(signalled: &[Irqfd]) -> Vec<u32> {
-        signalled.iter().map(|irqfd| irqfd.gsi.0).collect()
+    fn gsis(signalled: &[Wire]) -> Vec<u32> {
+        signalled.iter().map(|wire| wire.gsi.0).collect()
+    }
+
+    fn unbound(gsi: u32, signalled: bool) -> Option<Unbound> {
+        Some(Unbound { wire: Wire { gsi: Gsi(gsi), resamples: false }, signalled })
     }
 
     #[test]
@@ -229,9 +282,9 @@ mod tests {
         let copy = EventFd::from(a.as_fd().try_clone_to_owned().unwrap());
         assert_eq!(irqfds.assign(&irqfd(&a, 4)), Err(Errno::EBUSY));
         assert_eq!(irqfds.assign(&irqfd(&copy, 5)), Err(Errno::EBUSY));
-        assert_eq!(irqfds.deassign(&copy, Gsi(5)), Ok(Deassigned::Nothing), "wrong GSI");
-        assert_eq!(irqfds.deassign(&copy, Gsi(4)), Ok(Deassigned::Irqfd(irqfd(&a, 4))));
-        assert_eq!(irqfds.deassign(&a, Gsi(4)), Ok(Deassigned::Nothing));
+        assert_eq!(irqfds.deassign(&copy, Gsi(5)), Ok(None), "wrong GSI");
+        assert_eq!(irqfds.deassign(&copy, Gsi(4)), Ok(unbound(4, false)));
+        assert_eq!(irqfds.deassign(&a, Gsi(4)), Ok(None));
         assert_eq!(irqfds.assign(&irqfd(&copy, 5)), Ok(false));
     }
 
@@ -240,12 +293,47 @@ mod tests {
         let (mut irqfds, a) = (Irqfds::new().unwrap(), event());
         irqfds.assign(&irqfd(&a, 4)).unwrap();
         a.signal();
-        assert_eq!(irqfds.deassign(&a, Gsi(4)), Ok(Deassigned::Signalled(irqfd(&a, 4))));
+        assert_eq!(irqfds.deassign(&a, Gsi(4)), Ok(unbound(4, true)));
         assert_eq!(a.take(), None);
         a.signal();
         assert_eq!(irqfds.assign(&irqfd(&a, 4)), Ok(true), "kept while it was not assigned");
-        assert_eq!(irqfds.deassign(&a, Gsi(4)), Ok(Deassigned::Irqfd(irqfd(&a, 4))));
+        assert_eq!(irqfds.deassign(&a, Gsi(4)), Ok(unbound(4, false)));
         assert_eq!(a.take(), None);
+    }
+
+    #[test]
+    fn a_closed_eventfd_is_unbound_and_what_it_was_signalled_is_told() {
+        let (mut irqfds, resample) = (Irqfds::new().unwrap(), event());
+        for (count, signals) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let a = event();
+            (0..count).for_each(|_| a.signal());
+            let level = Irqfd { resample: Some(resample.clone()), ..irqfd(&a, 4) };
+            irqfds.assign(&level).unwrap();
+            let copy = a.clone();
+            drop((a, level));
+            assert!(irqfds.closed().is_empty());
+            assert_eq!(irqfds.list().map(|irqfd| irqfd.event).collect::<Vec<_>>(), [copy.clone()]);
+            (0..signals).for_each(|_| copy.signal());
+            drop(copy);
+            assert_eq!(irqfds.list().count(), 0);
+            let wire = Wire { gsi: Gsi(4), resamples: true };
+            assert_eq!(irqfds.closed(), [Unbound { wire, signalled: signals > 0 }]);
+            assert!(irqfds.closed().is_empty() && !irqfds.resamples(Gsi(4)));
+        }
+    }
+
+    #[test]
+    fn a_closed_resample_eventfd_unbinds_nothing() {
+        let (mut irqfds, a) = (Irqfds::new().unwrap(), event());
+        irqfds.assign(&Irqfd { resample: Some(event()), ..irqfd(&a, 4) }).unwrap();
+        assert!(irqfds.closed().is_empty() && irqfds.resamples(Gsi(4)));
+        assert!(irqfds.list().all(|irqfd| irqfd.resample.is_some()));
+        irqfds.resample(Gsi(4));
+        // Nor does an eventfd that is its own keep itself.
+        let b = event();
+        irqfds.assign(&Irqfd { resample: Some(b.clone()), ..irqfd(&b, 5) }).unwrap();
+        drop(b);
+        assert_eq!(irqfds.closed().len(), 1);
     }
 
     #[test]
@@ -268,7 +356,8 @@ mod tests {
         irqfds.deassign(&blocking, Gsi(4)).unwrap();
         let full = EventFd::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
         rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-        let resample = Irqfd { resample: Some(full), ..irqfd(&event(), 5) };
+        let held = event();
+        let resample = Irqfd { resample: Some(full), ..irqfd(&held, 5) };
         irqfds.assign(&resample).unwrap();
         irqfds.resample(Gsi(5));
     }

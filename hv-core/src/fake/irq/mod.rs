@@ -26,7 +26,7 @@ use kvm_bindings::{kvm_irqchip, kvm_lapic_state};
 
 pub use interrupt::Interrupt;
 use ioapic::{Ioapic, Source};
-use irqfds::{Deassigned, Irqfds};
+use irqfds::{Irqfds, Unbound, Wire};
 use lapic::PAGE;
 use lapics::Lapics;
 use message::{Message, Outcome};
@@ -193,7 +193,7 @@ impl Irq {
         let table = Table::new(routes, rules)?;
         let cut_off =
             |gsi: &Gsi| table.targets(*gsi).is_empty() && !self.table.targets(*gsi).is_empty();
-        let cut_off: Vec<_> = self.irqfds.list().map(|irqfd| irqfd.gsi).filter(cut_off).collect();
+        let cut_off: Vec<_> = self.irqfds.gsis().filter(cut_off).collect();
         self.table = table;
         self.listeners_changed();
         for gsi in cut_off {
@@ -218,7 +218,7 @@ impl Irq {
         }
         let assigned = self.irqfds.assign(irqfd);
         if assigned.is_err() {
-            self.release(irqfd); // KVM had set up the resampler by then
+            self.release(irqfd.into()); // KVM had set up the resampler by then
         }
         let signalled = assigned?;
         if irqfd.resample.is_some() {
@@ -231,7 +231,7 @@ impl Irq {
             self.find(Finding::UnroutedIrqfd { gsi });
         }
         if signalled {
-            self.deliver(irqfd);
+            self.deliver(irqfd.into());
         }
         Ok(())
     }
@@ -242,24 +242,24 @@ impl Irq {
         event: &EventFd,
         gsi: Gsi,
     ) -> Result<(), Errno> {
-        let gone = match self.irqfds.deassign(event, gsi)? {
-            Deassigned::Nothing => {
-                self.find(Finding::VainDeassign { gsi });
-                return Ok(());
-            }
-            Deassigned::Irqfd(irqfd) => irqfd,
-            Deassigned::Signalled(irqfd) => {
-                self.deliver(&irqfd);
-                irqfd
-            }
-        };
-        self.release(&gone);
+        match self.irqfds.deassign(event, gsi)? {
+            Some(gone) => self.unbound(gone),
+            None => self.find(Finding::VainDeassign { gsi }),
+        }
         Ok(())
     }
 
+    /// A binding has gone: what it was signalled before counts.
+    fn unbound(&mut self, gone: Unbound) {
+        if gone.signalled {
+            self.deliver(gone.wire);
+        }
+        self.release(gone.wire);
+    }
+
     /// The last resampler of a GSI takes its level with it.
-    fn release(&mut self, gone: &Irqfd) {
-        if gone.resample.is_some() && !self.irqfds.resamples(gone.gsi) {
+    fn release(&mut self, gone: Wire) {
+        if gone.resamples && !self.irqfds.resamples(gone.gsi) {
             self.listeners_changed();
             self.drive(gone.gsi, Source::Resample, false);
         }
@@ -267,7 +267,7 @@ impl Irq {
 
     /// The assigned irqfds.
     pub(in crate::fake) fn irqfds(&self) -> Vec<Irqfd> {
-        self.irqfds.list().cloned().collect()
+        self.irqfds.list().collect()
     }
 
     /// Becomes readable when an assigned eventfd is signalled; then [`Self::settle`] is due.
@@ -275,18 +275,22 @@ impl Irq {
         self.irqfds.epoll()
     }
 
-    /// Takes the signals that were made and delivers them through the table.
+    /// Takes the signals that were made and delivers them through the table, and unbinds the eventfds
+    /// that were closed.
     pub(in crate::fake) fn settle(&mut self) {
-        for irqfd in self.irqfds.signalled() {
-            self.deliver(&irqfd);
+        for wire in self.irqfds.signalled() {
+            self.deliver(wire);
+        }
+        for gone in self.irqfds.closed() {
+            self.unbound(gone);
+            self.find(Finding::ClosedIrqfd { gsi: gone.wire.gsi });
         }
     }
 
     /// An irqfd was signalled: a pulse, or with a resample eventfd a level that stays until the
     /// guest ends the interrupt.
-    fn deliver(&mut self, irqfd: &Irqfd) {
-        let gsi = irqfd.gsi;
-        let loss = if irqfd.resample.is_some() {
+    fn deliver(&mut self, Wire { gsi, resamples }: Wire) {
+        let loss = if resamples {
             let loss = self.drive(gsi, Source::Resample, true).loss();
             // A level that can't be sent now waits.
             loss.filter(|why| !matches!(why, Loss::Masked | Loss::InService))

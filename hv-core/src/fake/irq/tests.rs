@@ -290,6 +290,33 @@ fn a_resample_irqfd_holds_its_line_until_the_end() {
 }
 
 #[test]
+fn a_level_goes_with_its_eventfd() {
+    let (mut irq, event, resample) = (full(), event(), event());
+    redirect(&mut irq, 20, 0x61 | LEVEL | MASKED);
+    irq.irqfd_assign(&Irqfd { resample: Some(resample.clone()), ..irqfd(&event, 20) }).unwrap();
+    event.signal();
+    irq.settle();
+    drop(event);
+    irq.settle();
+    redirect(&mut irq, 20, 0x61 | LEVEL);
+    assert_eq!((irq.pending(0), resample.take()), (false, None));
+    assert_eq!(irq.drain_findings(), [Finding::ClosedIrqfd { gsi: Gsi(20) }]);
+    assert!(irq.irqfds().is_empty());
+}
+
+#[test]
+fn an_event_before_its_eventfd_is_closed_is_delivered() {
+    let (mut irq, event) = (full(), event());
+    irq.set_routing(&[msi_route(24, 0x51)]).unwrap();
+    irq.irqfd_assign(&irqfd(&event, 24)).unwrap();
+    event.signal();
+    drop(event);
+    irq.settle();
+    assert_eq!(irq.take(0), fixed(&[0x51]));
+    assert_eq!(irq.drain_findings(), [Finding::ClosedIrqfd { gsi: Gsi(24) }]);
+}
+
+#[test]
 fn an_unmasked_level_asks_its_resampler() {
     let (mut irq, event, resample) = (full(), event(), event());
     redirect(&mut irq, 20, 0x61 | LEVEL | MASKED);
