@@ -60,6 +60,19 @@ fn get<P: Platform>() -> Vec<Case<P>> {
             ends_with_logging,
         ),
         Case::new(
+            "dirty-log-of-a-slot-set-again",
+            "Setting a slot to what it is already leaves its bits.",
+            |p: &P| {
+                let vm = p.vm()?;
+                let mut guest = p.guest_on(&vm, 0)?;
+                let logging = logging(0, &pages(4)?);
+                vm.set_memory_slot(&logging)?;
+                write_pages::<P>(&mut guest, &[1])?;
+                vm.set_memory_slot(&logging)?;
+                same("the log", log::<P>(&vm, 0)?, 1 << 1)
+            },
+        ),
+        Case::new(
             "dirty-log-moves-with-its-slot",
             "When a slot moves its bits stay.",
             moves_with_its_slot,
@@ -127,6 +140,18 @@ fn clear<P: Platform>() -> Vec<Case<P>> {
                 "With manual protection reading the log does not clear it; clearing does, the named \
                  pages only.",
                 manual_get_keeps,
+            ),
+            Case::new(
+                "dirty-manual-switched-off",
+                "Manual protection may be switched off: then reading clears the log.",
+                |p: &P| {
+                    let (vm, _memory) = manual(p, 64, ENABLE)?;
+                    let mut guest = p.guest_on(&vm, 0)?;
+                    vm.enable_cap(Capability::ManualDirtyLogProtect2, [0; 4])?;
+                    write_pages::<P>(&mut guest, &[3])?;
+                    same("the log", log::<P>(&vm, 0)?, 1 << 3)?;
+                    same("the log read again", log::<P>(&vm, 0)?, 0)
+                },
             ),
             Case::new(
                 "dirty-manual-initially-set",

@@ -3,8 +3,8 @@
 use crate::conformance::bench::{Bench, Drive};
 use crate::conformance::expect::{refused, same};
 use crate::conformance::memory::{PAGE, pages, peek, slot};
-use crate::conformance::{Case, Checked, Guest as _, Platform, Seen};
-use crate::{Errno, IoAddress, IoDirection, IoExit, MemoryBackend, MmioExit, Vcpu, VcpuExit};
+use crate::conformance::{Case, Checked, Guest as _, Kernels, Platform, Seen};
+use crate::{Errno, IoAddress, IoDirection, IoExit, MemoryBackend, MmioExit, Vcpu, VcpuExit, Vm};
 
 /// Nothing is here in the VMs of these cases.
 const NOWHERE: u64 = 0x4000_0000;
@@ -28,6 +28,46 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
             across_slots,
         ),
         Case::new("nmi-taken-once", "KVM_NMI makes the guest take vector 2, once.", nmi_taken),
+        Case::new(
+            "nmi-one-behind-another",
+            "Of several non-maskable interrupts KVM keeps two for the guest.",
+            |p: &P| {
+                let vm = p.vm_with_irqchip()?;
+                let mut guest = p.guest_on(&vm, 0)?;
+                for _ in 0..3 {
+                    guest.vcpu().nmi()?;
+                }
+                let taken = [guest.take_interrupts()?, guest.take_interrupts()?].concat();
+                same("interrupts", taken, vec![2, 2])
+            },
+        )
+        .kernels(Kernels::Measured("Linux 6.18")),
+        Case::new(
+            "lapic-state-keeps-its-version",
+            "The version of a local APIC can't be set.",
+            |p: &P| {
+                const VERSION: usize = 0x30;
+                let vm = p.vm_with_irqchip()?;
+                let vcpu = vm.create_vcpu(0)?;
+                let before = vcpu.lapic()?;
+                let mut other = before;
+                if let Some(version) = other.regs.get_mut(VERSION) {
+                    *version ^= 0x7f;
+                }
+                vcpu.set_lapic(&other)?;
+                same("the state", vcpu.lapic()?.regs.get(VERSION), before.regs.get(VERSION))
+            },
+        ),
+        Case::new(
+            "interrupt-injected-over-another",
+            "Without an irqchip a second KVM_INTERRUPT is no error.",
+            |p: &P| {
+                let vm = p.vm()?;
+                let mut guest = p.guest_on(&vm, 0)?;
+                guest.vcpu().interrupt(0x40)?;
+                Ok(guest.vcpu().interrupt(0x41)?)
+            },
+        ),
         Case::new(
             "interrupt-injected-without-irqchip",
             "Without an irqchip KVM_INTERRUPT makes the guest take the vector, once.",

@@ -6,7 +6,9 @@ use std::os::fd::OwnedFd;
 use crate::conformance::bench::{Bench, Drive};
 use crate::conformance::expect::{holds, refused, same};
 use crate::conformance::{Case, Checked, Kernels, Miss, Platform, RawRequest, Seen, VmOf};
-use crate::{Capability, Errno, EventFd, IoAddress, IoEvent, IoEventBackend};
+use crate::{
+    Capability, CoalescedZone, Errno, EventFd, IoAddress, IoEvent, IoEventBackend, MemoryBackend,
+};
 
 const ADDRESS: u64 = 0xc000_0000;
 const PORT: u16 = 0x70;
@@ -156,6 +158,29 @@ fn illegal<P: Platform>() -> Vec<Case<P>> {
             },
         ),
         Case::new(
+            "ioevent-on-the-last-addresses",
+            "A range whose end would be address 2^64 is refused with EINVAL, too.",
+            |p: &P| {
+                let address = IoAddress::Mmio(u64::MAX - 3);
+                let event = IoEvent { address, ..mmio(p, 4, None)? };
+                refused(vm(p)?.ioeventfd_assign(&event), Errno::EINVAL)
+            },
+        ),
+        Case::new(
+            "ioevent-on-a-full-bus",
+            "A bus with as many coalesced zones as it has room for takes no ioeventfd (ENOSPC).",
+            |p: &P| {
+                let vm = vm(p)?;
+                p.needs(&vm, Capability::CoalescedMmio)?;
+                for n in 0..BUS_DEVICES {
+                    let address = IoAddress::Mmio(0xe000_0000 + n * 8);
+                    vm.register_coalesced_zone(CoalescedZone { address, size: 8 })?;
+                }
+                refused(vm.ioeventfd_assign(&mmio(p, 4, None)?), Errno::ENOSPC)
+            },
+        )
+        .kernels(Kernels::Measured("Linux 6.18")),
+        Case::new(
             "ioevent-no-eventfd",
             "A descriptor that is no eventfd is refused with EINVAL.",
             |p: &P| {
@@ -265,6 +290,20 @@ fn seen<P: Platform>() -> Vec<Case<P>> {
             "ioevent-each-value-its-own",
             "Of two events for two values each is signalled by its own.",
             each_value_its_own,
+        ),
+        Case::new(
+            "ioevent-value-of-8-bytes",
+            "A value of 8 bytes is compared in full.",
+            |p: &P| {
+                let vm = vm(p)?;
+                let mut guest = p.guest_on(&vm, 0)?;
+                let value: u64 = 7 << 32 | 1;
+                let event = mmio(p, 8, Some(value))?;
+                vm.ioeventfd_assign(&event)?;
+                same("a write", guest.store(ADDRESS, &value.to_le_bytes())?, Seen::ByKernel)?;
+                exits::<P>(&mut guest, &1u64.to_le_bytes())?;
+                same("signals", event.event.take(), Some(1))
+            },
         ),
         Case::new(
             "ioevent-removed-exits",

@@ -3,14 +3,15 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
-use crate::conformance::bench::{Bench, Drive, irqfd, message, msi_route};
+use crate::conformance::bench::{Bench, Drive, irqfd, message, msi_route, pin_route};
 use crate::conformance::expect::{refused, same};
 use crate::conformance::{Case, Checked, Guest as _, Miss, Platform, RawRequest, Seen, VmOf};
-use crate::{Capability, Errno, EventFd, Gsi, IrqBackend, Irqfd, Msi, VcpuExit};
+use crate::{Capability, Errno, EventFd, Gsi, IrqBackend, IrqchipId, Irqfd, Msi, VcpuExit};
 
 pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
     let mut cases = binding();
     cases.extend(unbinding());
+    cases.extend(closing());
     cases.extend(events());
     cases.extend(split());
     cases
@@ -191,6 +192,58 @@ fn unbinding<P: Platform>() -> Vec<Case<P>> {
     ]
 }
 
+fn closing<P: Platform>() -> Vec<Case<P>> {
+    vec![
+        Case::new(
+            "irqfd-ends-with-its-eventfd",
+            "When the last descriptor of a bound eventfd closes it is unbound, and a line it held is \
+             low again.",
+            ends_with_its_eventfd,
+        ),
+        Case::new(
+            "irqfd-lives-with-a-descriptor",
+            "An eventfd stays bound while a descriptor of it is open, also if the others are closed.",
+            |p: &P| {
+                let (vm, mut guest, event) = routed(p)?;
+                vm.irqfd_assign(&irqfd(&event, 30))?;
+                let other = event.clone();
+                drop(event);
+                other.signal();
+                same("interrupts", guest.await_interrupts(1)?, vec![0x51])
+            },
+        ),
+        Case::new(
+            "event-before-its-eventfd-closes",
+            "An event from just before the last descriptor closes is delivered.",
+            |p: &P| {
+                let (vm, mut guest, event) = routed(p)?;
+                vm.irqfd_assign(&irqfd(&event, 30))?;
+                event.signal();
+                drop(event);
+                same("interrupts", guest.await_interrupts(1)?, vec![0x51])
+            },
+        ),
+    ]
+}
+
+/// Looks at the line from the guest: pin 3 of the first PIC, level-triggered and masked, in its interrupt
+/// request register (8259A manual, OCW1 and OCW3; port 0x4d0 is the edge/level control register).
+fn ends_with_its_eventfd<P: Platform>(p: &P) -> Checked {
+    const PIN: u8 = 3;
+    let (vm, mut guest, event) = routed(p)?;
+    p.needs(&vm, Capability::IrqfdResample)?;
+    vm.set_gsi_routing(&[pin_route(PIN.into(), IrqchipId::PIC_MASTER, PIN.into())])?;
+    for (port, byte) in [(0x4d0, 1 << PIN), (0x21, 0xff), (0x20, 0x0a)] {
+        same("who serves the PIC", guest.port_out(port, &[byte])?, Seen::ByKernel)?;
+    }
+    let resample = Some(p.eventfd()?);
+    vm.irqfd_assign(&Irqfd { resample, ..irqfd(&event, PIN.into()) })?;
+    event.signal();
+    guest.await_port(0x20, 1 << PIN)?;
+    drop(event);
+    guest.await_port(0x20, 0)
+}
+
 fn events<P: Platform>() -> Vec<Case<P>> {
     vec![
         Case::new(
@@ -214,6 +267,18 @@ fn events<P: Platform>() -> Vec<Case<P>> {
                 same("interrupts", guest.await_interrupts(1)?, vec![0x51])?;
                 same("the counter", event.take(), Some(1))?;
                 same("further interrupts", guest.interrupts()?, Vec::new())
+            },
+        ),
+        Case::new(
+            "event-before-binding-taken-by-unbinding",
+            "An event from before the binding is taken from the counter by unbinding.",
+            |p: &P| {
+                let (vm, mut guest, event) = routed(p)?;
+                event.signal();
+                vm.irqfd_assign(&irqfd(&event, 30))?;
+                same("interrupts", guest.await_interrupts(1)?, vec![0x51])?;
+                vm.irqfd_deassign(&event, Gsi(30))?;
+                same("the counter", event.take(), None)
             },
         ),
         Case::new(

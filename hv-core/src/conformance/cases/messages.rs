@@ -4,11 +4,12 @@
 use crate::conformance::bench::{Bench, Drive, message};
 use crate::conformance::expect::{holds, refused, same};
 use crate::conformance::{Case, Checked, Guest as _, Kernels, Platform, RawRequest, Seen, VmOf};
-use crate::{Capability, Errno, IrqBackend, Msi, MsiStatus};
+use crate::{Capability, Errno, IrqBackend, Msi, MsiStatus, Vm};
 
 /// Registers of the local APIC.
 const TASK_PRIORITY: u64 = 0xfee0_0080;
 const LOGICAL_DESTINATION: u64 = 0xfee0_00d0;
+const DESTINATION_FORMAT: u64 = 0xfee0_00e0;
 const SPURIOUS_VECTOR: u64 = 0xfee0_00f0;
 
 /// Bits of a message's address: redirection hint and logical destination mode.
@@ -18,6 +19,7 @@ const LOGICAL: u64 = 1 << 2;
 /// Delivery modes in a message's data.
 const LOWEST_PRIORITY: u32 = 1 << 8;
 const NMI: u32 = 4 << 8;
+const EXTERNAL: u32 = 7 << 8;
 
 pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
     vec![
@@ -168,6 +170,59 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
                 same("interrupts in service", guest.take_interrupts()?, Vec::new())?;
                 same("who sees its end", guest.end_of_interrupt(0x51)?, Seen::ByKernel)?;
                 same("interrupts then", guest.interrupts()?, vec![0x52, 0x51])
+            },
+        ),
+        Case::new(
+            "message-with-a-hint",
+            "A fixed message with the redirection hint is delivered to one of the vCPUs it names.",
+            |p: &P| {
+                let (vm, [mut first, mut second]) = logical(p)?;
+                let address = message(3, 0).address | LOGICAL | HINT;
+                let msi = Msi { address, ..message(0, 0x51) };
+                same("its answer", vm.signal_msi(msi)?, MsiStatus::Delivered)?;
+                let both = [first.interrupts()?, second.interrupts()?].concat();
+                same("interrupts of both", both, vec![0x51])
+            },
+        ),
+        Case::new(
+            "message-to-a-cluster",
+            "In the cluster model a logical destination is a cluster and a bit for each of its members.",
+            |p: &P| {
+                let (vm, [mut first, mut second]) = two(p)?;
+                for (guest, id) in [(&mut first, 0x11), (&mut second, 0x21)] {
+                    set(guest, DESTINATION_FORMAT, 0x0fff_ffff)?;
+                    set(guest, LOGICAL_DESTINATION, id << 24)?;
+                }
+                let address = message(0x11, 0).address | LOGICAL;
+                let msi = Msi { address, ..message(0, 0x51) };
+                same("its answer", vm.signal_msi(msi)?, MsiStatus::Delivered)?;
+                same("interrupts of vCPU 0", first.interrupts()?, vec![0x51])?;
+                same("interrupts of vCPU 1", second.interrupts()?, Vec::new())
+            },
+        ),
+        Case::new(
+            "message-external-interrupt",
+            "A message can't be an external interrupt of a PIC: nobody takes it.",
+            |p: &P| {
+                let (vm, [mut guest, _]) = two(p)?;
+                let msi = Msi { data: 0x51 | EXTERNAL, ..message(0, 0) };
+                same("its answer", vm.signal_msi(msi)?, MsiStatus::Blocked)?;
+                same("interrupts", guest.interrupts()?, Vec::new())
+            },
+        ),
+        Case::new(
+            "message-with-32-bit-ids",
+            "With 32-bit APIC ids bits 40 to 63 of a message's address are part of the id, and bits 32 \
+             to 39 must be 0 (EINVAL).",
+            |p: &P| {
+                let (vm, [mut guest, _]) = two(p)?;
+                p.needs(&vm, Capability::X2apicApi)?;
+                vm.enable_cap(Capability::X2apicApi, [1, 0, 0, 0])?;
+                let with = |high: u64| Msi { address: 0xfee0_0000 | high << 32, ..message(0, 0x51) };
+                refused(vm.signal_msi(with(1)), Errno::EINVAL)?;
+                let answer = vm.signal_msi(with(0x100))?;
+                holds(&format!("{answer:?} is not Delivered"), answer != MsiStatus::Delivered)?;
+                same("interrupts of vCPU 0", guest.interrupts()?, Vec::new())
             },
         ),
         Case::new(

@@ -1,5 +1,6 @@
 //! The cases, by subject.
 
+mod bounds;
 mod capabilities;
 mod corners;
 mod dirty;
@@ -9,6 +10,8 @@ mod irqfds;
 mod lines;
 mod messages;
 mod order;
+mod pics;
+mod pins;
 mod routing;
 mod slots;
 mod tables;
@@ -22,12 +25,15 @@ pub fn cases<P: Platform>() -> Vec<Case<P>> {
     let groups = [
         capabilities::cases(),
         order::cases(),
+        bounds::cases(),
         exits::cases(),
         tables::cases(),
         routing::cases(),
         irqfds::cases(),
         messages::cases(),
         lines::cases(),
+        pins::cases(),
+        pics::cases(),
         ioevents::cases(),
         slots::cases(),
         dirty::cases(),

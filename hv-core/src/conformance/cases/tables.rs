@@ -37,6 +37,11 @@ fn legal<P: Platform>() -> Vec<Case<P>> {
             &[pin_route(4, pic, 4), pin_route(4, ioapic, 4)],
         ),
         table(
+            "table-pins-of-the-slave-pic",
+            "A GSI may lead to a pin of the slave PIC.",
+            &[pin_route(8, IrqchipId::PIC_SLAVE, 0), pin_route(15, IrqchipId::PIC_SLAVE, 7)],
+        ),
+        table(
             "table-two-gsis-on-a-pin",
             "Two GSIs may lead to one pin.",
             &[pin_route(4, ioapic, 4), pin_route(5, ioapic, 4)],

@@ -2,7 +2,7 @@
 
 use crate::conformance::bench::{Bench, Drive};
 use crate::conformance::expect::{holds, refused, same};
-use crate::conformance::{Case, Checked, Platform, RawRequest, Seen};
+use crate::conformance::{Case, Checked, Kernels, Platform, RawRequest, Seen};
 use crate::{Capability, CoalescedZone, Errno, IoAddress, MemoryBackend};
 
 const ADDRESS: u64 = 0xc000_0000;
@@ -63,6 +63,20 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
             vm.unregister_coalesced_zone(ZONE)?;
             exits::<P>(&mut guest, ADDRESS)
         }),
+        Case::new(
+            "zone-registered-twice-ends-at-once",
+            "Unregistering a zone that was registered twice ends it.",
+            |p: &P| {
+                let vm = p.vm()?;
+                p.needs(&vm, Capability::CoalescedMmio)?;
+                let mut guest = p.guest_on(&vm, 0)?;
+                vm.register_coalesced_zone(ZONE)?;
+                vm.register_coalesced_zone(ZONE)?;
+                vm.unregister_coalesced_zone(ZONE)?;
+                exits::<P>(&mut guest, ADDRESS)
+            },
+        )
+        .kernels(Kernels::Measured("Linux 6.18")),
         Case::new(
             "zone-ends-by-its-part",
             "Unregistering a part of a zone ends all of it.",
