@@ -182,6 +182,23 @@ pub(super) trait Drive: Guest {
         Ok(all)
     }
 
+    /// Reads a byte from `port` until it is `expected`, which it must become.
+    fn await_port(&mut self, port: u16, expected: u8) -> Checked {
+        let start = Instant::now();
+        loop {
+            let ([byte], seen) = self.port_in(port)?;
+            super::expect::same("who serves the port", seen, Seen::ByKernel)?;
+            if byte == expected {
+                return Ok(());
+            }
+            if start.elapsed() > PATIENCE {
+                let what = format!("port {port:#x} must become {expected:#x}, it is {byte:#x}");
+                return Err(Miss::failed(what));
+            }
+            std::thread::yield_now();
+        }
+    }
+
     /// `vector`, which was just taken, must be in service, or the case is not applicable: there are
     /// software KVMs that end an interrupt when the guest takes it.
     fn needs_in_service(&mut self, vector: u8) -> Checked {

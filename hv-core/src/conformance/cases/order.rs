@@ -127,6 +127,11 @@ fn addresses<P: Platform>() -> Vec<Case<P>> {
             "A TSS of which the last pages would lie above 4 GiB is refused with EINVAL.",
             |p: &P| refused(p.vm()?.set_tss_addr(0xffff_f000), Errno::EINVAL),
         ),
+        Case::new(
+            "tss-a-byte-above-the-last-place",
+            "A TSS a byte above the last place whose three pages are below 4 GiB is refused with EINVAL.",
+            |p: &P| refused(p.vm()?.set_tss_addr(0xffff_d001), Errno::EINVAL),
+        ),
         Case::new("tss-above-4-gib", "A TSS above 4 GiB is refused with EINVAL.", |p: &P| {
             refused(p.vm()?.set_tss_addr(1 << 32), Errno::EINVAL)
         }),

@@ -21,6 +21,9 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
 }
 
 /// What can't be created.
+///
+/// That a slot has fewer than 2^31 pages is no case: one needs 8 TiB of host memory, which not every
+/// platform can name.
 fn illegal<P: Platform>() -> Vec<Case<P>> {
     vec![
         Case::new(

@@ -12,6 +12,10 @@ const ZONE: CoalescedZone = CoalescedZone { address: IoAddress::Mmio(ADDRESS), s
 /// Devices an in-kernel I/O bus takes (`NR_IOBUS_DEVS` of Linux since 3.19).
 const BUS_DEVICES: u64 = 1000;
 
+/// Writes that the ring of a VM holds: entries of 24 bytes in a page after two indices, one of them
+/// always free.
+const RING: usize = (4096 - 8) / 24 - 1;
+
 pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
     vec![
         Case::new("zone-twice", "Registering a zone again is no error.", |p: &P| {
@@ -53,6 +57,13 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
             "A write inside a zone does not exit; one that reaches beyond it does, and reads do.",
             collects,
         ),
+        Case::new(
+            "zone-ring-full",
+            "The ring of collected writes holds 169, which is one less than a page has room for; the \
+             170th exits.",
+            ring_full,
+        )
+        .kernels(Kernels::Measured("Linux 6.18")),
         Case::new("zone-of-ports", "A zone of ports collects writes to them.", of_ports),
         Case::new("zone-ends", "Writes to a zone exit again once it is unregistered.", |p: &P| {
             let vm = p.vm()?;
@@ -133,6 +144,17 @@ fn collects<P: Platform>(p: &P) -> Checked {
     exits::<P>(&mut guest, ADDRESS - 1)?;
     let (_, read) = guest.load::<4>(ADDRESS)?;
     holds("a read exits", matches!(read, Seen::ByVmm(_)))
+}
+
+fn ring_full<P: Platform>(p: &P) -> Checked {
+    let vm = p.vm()?;
+    p.needs(&vm, Capability::CoalescedMmio)?;
+    let mut guest = p.guest_on(&vm, 0)?;
+    vm.register_coalesced_zone(ZONE)?;
+    for n in 1..=RING {
+        same(&format!("write {n}"), guest.store(ADDRESS, &[1])?, Seen::ByKernel)?;
+    }
+    exits::<P>(&mut guest, ADDRESS)
 }
 
 fn of_ports<P: Platform>(p: &P) -> Checked {
