@@ -45,7 +45,14 @@ impl MemoryBackend for FakeVm {
         let about =
             Context::Slot { slot: slot.id, guest: slot.guest.0, size: slot.host.len() as u64 };
         // Whatever happens when the memory of an old slot goes must not happen under the lock.
-        let old = self.call(Ioctl::SetUserMemoryRegion, about, |state| state.memory.set(slot))?;
+        let old = self.call(Ioctl::SetUserMemoryRegion, about, |state| {
+            let pages = state.memory.dirty_pages(slot.id);
+            let old = state.memory.set(slot)?;
+            if pages > 0 && !slot.flags.log_dirty {
+                state.findings.push(Finding::LostDirtyPages { slot: slot.id, pages });
+            }
+            Ok(old)
+        })?;
         drop(old);
         Ok(())
     }

@@ -97,7 +97,8 @@ pub enum Finding {
     DuplicateZone(CoalescedZone),
     /// A coalesced zone was unregistered, and none was there.
     VainUnregister(CoalescedZone),
-    /// A slot was deleted while pages of it were dirty: their bits are lost.
+    /// A slot was deleted or ceased to log, or its VM went, while pages of it were dirty that nobody
+    /// had asked for: their bits are lost.
     LostDirtyPages {
         /// The slot.
         slot: SlotId,
@@ -133,7 +134,7 @@ impl fmt::Display for Finding {
                 write!(f, "no coalesced zone was at {:#x} to unregister", zone.address.value())
             }
             Finding::LostDirtyPages { slot, pages } => {
-                write!(f, "slot {slot} was deleted with {pages} dirty pages")
+                write!(f, "{pages} dirty pages of slot {slot} were lost")
             }
             Finding::Left(Leftover::Slot(slot)) => write!(f, "slot {slot} was left in the VM"),
             Finding::Left(Leftover::Irqfd(gsi)) => {

@@ -264,6 +264,9 @@ impl State {
 
     fn close(&mut self) -> (Vec<Leftover>, Vec<MemorySlot>) {
         self.open = false;
+        let lost = self.memory.dirty_slots();
+        let lost = lost.map(|(slot, pages)| Finding::LostDirtyPages { slot, pages });
+        self.findings.extend(lost);
         let mut left = Vec::new();
         let slots: Vec<_> = self.memory.slots().map(|slot| slot.id).collect();
         left.extend(slots.iter().map(|&id| Leftover::Slot(id)));

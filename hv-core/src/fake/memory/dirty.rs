@@ -130,8 +130,12 @@ impl Memory {
         Ok(())
     }
 
-    /// How many pages of a slot are dirty and not yet asked for; 0 for one that does not log.
+    /// How many pages of a slot are dirty and not yet asked for; 0 for one that does not log, or whose
+    /// log can't be asked for.
     pub(in crate::fake) fn dirty_pages(&self, id: SlotId) -> u64 {
+        if self.dirty_ring {
+            return 0;
+        }
         let log = self.slots.get(&id).and_then(|slot| slot.dirty.as_ref());
         log.map_or(0, |log| log.0.iter().map(|word| u64::from(word.count_ones())).sum())
     }

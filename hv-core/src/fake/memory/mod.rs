@@ -173,6 +173,11 @@ impl Memory {
         if region.end_page() > pages { Err(Errno::EINVAL) } else { Ok(()) }
     }
 
+    /// The slots that have dirty pages nobody asked for, with their number.
+    pub(in crate::fake) fn dirty_slots(&self) -> impl Iterator<Item = (SlotId, u64)> {
+        self.slots.keys().map(|&id| (id, self.dirty_pages(id))).filter(|&(_, pages)| pages > 0)
+    }
+
     /// Puts a slot that has been judged in the place of what it was.
     fn replace(&mut self, memory: MemorySlot, region: Region) -> Option<MemorySlot> {
         let id = memory.id;

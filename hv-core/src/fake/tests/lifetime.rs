@@ -122,6 +122,32 @@ fn a_slot_deleted_before_its_dirty_pages_were_asked_for() {
 }
 
 #[test]
+fn logging_that_ends_before_dirty_pages_were_asked_for() {
+    let kvm = FakeKvm::default();
+    let log = SlotFlags { log_dirty: true, readonly: false };
+    let vm = kvm.create_vm(0).unwrap();
+    let slot = slot(5, 0, log);
+    let logs = |log_dirty| {
+        let flags = SlotFlags { log_dirty, readonly: false };
+        vm.set_memory_slot(&MemorySlot { flags, ..slot.clone() })
+    };
+    let lost = Finding::LostDirtyPages { slot: SlotId(5), pages: 1 };
+    logs(true).unwrap();
+    assert_eq!(vm.view().guest_write(IoAddress::Mmio(0x10), &[1]), Wrote::Memory);
+    logs(true).unwrap();
+    assert_eq!(kvm.findings(), [], "it goes on");
+    let readonly = SlotFlags { readonly: true, log_dirty: false };
+    vm.set_memory_slot(&MemorySlot { flags: readonly, ..slot.clone() }).unwrap_err();
+    assert_eq!(kvm.findings(), [], "it was refused");
+    logs(false).unwrap();
+    assert_eq!(kvm.findings(), [lost]);
+    logs(true).unwrap();
+    assert_eq!(vm.view().guest_write(IoAddress::Mmio(0x10), &[1]), Wrote::Memory);
+    drop(vm);
+    assert_eq!(kvm.findings(), [lost, lost, Finding::Left(Leftover::Slot(SlotId(5)))]);
+}
+
+#[test]
 fn the_strict_mode_of_zones() {
     let kvm = FakeKvm::default();
     let vm = kvm.create_vm(0).unwrap();
