@@ -14,7 +14,8 @@ use std::io::{self, Write};
 use std::sync::Arc;
 
 use hv_core::{
-    Gsi, HostRange, Irqfd, LineStatus, MemorySlot, Msi, Route, RouteTarget, SlotFlags, Vcpu, Vm,
+    Call, Gsi, HostRange, Irqfd, LineStatus, MemorySlot, Msi, Route, RouteTarget, SlotFlags, Vcpu,
+    Vm,
 };
 use hv_kvm::{Kvm, KvmVcpu, KvmVm};
 use hv_memory::{Mapping, page_size};
@@ -57,7 +58,7 @@ impl Host for DevKvm {
         }
     }
 
-    fn check_closed(&self, before: &Counts) {
+    fn check_closed(&self, before: &Counts, _failed: Option<Call>) {
         assert_eq!(Counts::now(), *before);
     }
 

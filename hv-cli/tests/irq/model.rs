@@ -11,6 +11,10 @@ const VECTORS: usize = 5;
 const CASES: u32 = 24;
 const STEPS: usize = 50;
 
+/// How long a failing sequence is made shorter, in milliseconds: a lost interrupt is waited for each
+/// time.
+const SHRINKING: u32 = 60_000;
+
 /// What a device, its driver or a monitor does.
 #[derive(Debug, Clone, Copy)]
 enum Step {
@@ -152,7 +156,7 @@ fn run<H: Host>(host: &H, pins: LegacyPins, steps: &[Step]) -> usize {
 pub(crate) fn what_a_guest_does_to_its_device_has_the_interrupts_of_the_model<H: Host>(host: &H) {
     let config = Config {
         cases: CASES,
-        max_shrink_iters: 100,
+        max_shrink_time: SHRINKING,
         failure_persistence: None,
         ..Config::default()
     };

@@ -40,8 +40,9 @@ pub(crate) trait Host {
     /// Fails if the VM has anything left of `made`. No handle to it exists.
     fn check_vm<V: Vm>(&self, vm: &V, made: &Made);
 
-    /// Fails if anything at all is left. The hypervisor is gone.
-    fn check_closed(&self, before: &Counts);
+    /// Fails if anything at all is left. The hypervisor is gone; `failed` is the call that was made to
+    /// fail.
+    fn check_closed(&self, before: &Counts, failed: Option<Call>);
 
     /// What this process has.
     fn counts(&self) -> Counts;
@@ -177,7 +178,7 @@ fn sweep<H: Host>(host: &H, name: &str, flow: Flow<H>) -> usize {
     let before = host.counts();
     let mut sound = Run::new(Faults::none());
     flow(host, &mut sound).unwrap_or_else(|error| panic!("{name}: {error}"));
-    host.check_closed(&before);
+    host.check_closed(&before, None);
     let mut pairs = 0;
     let is_init = sound.made.is_none() && sound.sites().len() == sound.init;
     for site in sound.sites() {
@@ -201,7 +202,7 @@ fn sweep<H: Host>(host: &H, name: &str, flow: Flow<H>) -> usize {
                 }
             }
             assert_eq!(run.faults.failures(), 1, "{place}");
-            host.check_closed(&before);
+            host.check_closed(&before, Some(site.call));
             pairs += 1;
         }
     }
