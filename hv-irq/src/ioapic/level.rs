@@ -11,8 +11,9 @@ use std::sync::{Arc, Weak};
 use hv_core::{EventFd, Gsi, IrqBackend, IrqchipId, Irqfd};
 
 use super::{Chip, Ioapic, PINS};
+use crate::router::Shared;
 use crate::state::Op;
-use crate::{Batch, LevelPin, RouteError, RouterError};
+use crate::{Batch, IrqRouter, LevelPin, RouteError, RouterError};
 
 /// What drives a pin, and what is told of the end of its interrupts.
 #[derive(Debug, Clone)]
@@ -74,17 +75,21 @@ impl Triggers {
 /// Who drives a pin by an eventfd: what it takes to let go of it.
 pub(crate) struct PinTrigger<V: IrqBackend> {
     chip: Weak<Chip<V>>,
+    /// The I/O APIC may go first; what is bound is the router's.
+    router: Weak<Shared<V>>,
     event: EventFd,
 }
 
 impl<V: IrqBackend> Drop for PinTrigger<V> {
     fn drop(&mut self) {
-        let Some(chip) = self.chip.upgrade() else { return };
-        let mut registers = chip.registers();
-        for pin in &mut registers.triggers.0 {
+        let chip = self.chip.upgrade();
+        let mut registers = chip.as_ref().map(|chip| chip.registers());
+        for pin in registers.iter_mut().flat_map(|registers| &mut registers.triggers.0) {
             pin.retain(|trigger| trigger.event != self.event);
         }
-        chip.router.release_irqfd(&self.event);
+        if let Some(shared) = self.router.upgrade() {
+            IrqRouter { shared }.release_irqfd(&self.event);
+        }
     }
 }
 
@@ -121,7 +126,8 @@ impl<V: IrqBackend> Ioapic<V> {
         if let Some(pin) = registers.triggers.0.get_mut(index) {
             pin.push(Trigger { event: trigger.clone(), resample: resample.clone() });
         }
-        let owner = PinTrigger { chip: Arc::downgrade(chip), event: trigger.clone() };
+        let router = Arc::downgrade(&chip.router.shared);
+        let owner = PinTrigger { chip: Arc::downgrade(chip), router, event: trigger.clone() };
         Ok(LevelPin::in_user_space(gsi, trigger, resample, owner))
     }
 }

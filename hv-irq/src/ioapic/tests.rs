@@ -308,6 +308,19 @@ fn pins_and_i_o_apic_may_go_in_any_order() {
 }
 
 #[test]
+fn a_pin_is_unbound_though_its_i_o_apic_went_first() {
+    let (ioapic, log) = ioapic(MsiStatus::Delivered);
+    let router = ioapic.chip.router.clone();
+    set(&ioapic, low(10), LEVEL_0X41);
+    let pin = ioapic.bind_level(10, event(), event()).unwrap();
+    taken(&log);
+    drop(ioapic);
+    drop(pin);
+    assert_eq!(taken(&log), [Told::Unbound(Gsi(10))]);
+    assert!(router.irqfds().is_empty());
+}
+
+#[test]
 fn an_event_that_waits_survives_a_refused_unmask() {
     let mut vm = MockVm::new();
     vm.expect_drop().return_const(());
