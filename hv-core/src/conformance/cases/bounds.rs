@@ -12,7 +12,7 @@ use crate::{Capability, CoalescedZone, Errno, IoAddress, MemoryBackend, Vm};
 const ENABLE_SUPPRESS_EOI: u64 = 4;
 const DISABLE_SUPPRESS_EOI: u64 = 8;
 
-/// Devices an in-kernel I/O bus takes (`NR_IOBUS_DEVS` of Linux since 3.19).
+/// Devices an in-kernel I/O bus takes (`NR_IOBUS_DEVS`).
 const BUS_DEVICES: u16 = 1000;
 /// Those of the 8259 pair on the bus of ports.
 const PIC_DEVICES: u16 = 3;

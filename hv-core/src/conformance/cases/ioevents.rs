@@ -13,7 +13,7 @@ use crate::{
 const ADDRESS: u64 = 0xc000_0000;
 const PORT: u16 = 0x70;
 
-/// Devices an in-kernel I/O bus takes (`NR_IOBUS_DEVS` of Linux since 3.19).
+/// Devices an in-kernel I/O bus takes (`NR_IOBUS_DEVS`).
 const BUS_DEVICES: u64 = 1000;
 
 pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
@@ -206,7 +206,7 @@ fn illegal<P: Platform>() -> Vec<Case<P>> {
             "A bus takes more ioeventfds than the 1000 devices it has room for.",
             no_limit,
         )
-        .kernels(Kernels::Since(3, 10, "they count as devices")),
+        .kernels(Kernels::Since(3, 11, "they count as devices")),
     ]
 }
 

@@ -5,7 +5,9 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use crate::conformance::bench::{Bench, Drive, irqfd, message, msi_route, pin_route};
 use crate::conformance::expect::{refused, same};
-use crate::conformance::{Case, Checked, Guest as _, Miss, Platform, RawRequest, Seen, VmOf};
+use crate::conformance::{
+    Case, Checked, Guest as _, Kernels, Miss, Platform, RawRequest, Seen, VmOf,
+};
 use crate::{Capability, Errno, EventFd, Gsi, IrqBackend, IrqchipId, Irqfd, Msi, VcpuExit};
 
 pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
@@ -47,7 +49,8 @@ fn binding<P: Platform>() -> Vec<Case<P>> {
             "irqfd-before-irqchip",
             "An irqfd is refused with EINVAL before there is an irqchip.",
             |p: &P| refused(p.vm()?.irqfd_assign(&irqfd(&p.eventfd()?, 4)), Errno::EINVAL),
-        ),
+        )
+        .kernels(Kernels::Since(5, 2, "it is bound")),
         any_gsi("irqfd-unrouted-gsi", "An irqfd may be bound to a GSI without a route.", 31),
         any_gsi("irqfd-gsi-5000", "An irqfd may be bound to a GSI beyond the limit.", 5000),
         any_gsi("irqfd-last-gsi", "An irqfd may be bound to GSI 2^32 - 1.", u32::MAX),
@@ -414,7 +417,8 @@ fn split<P: Platform>() -> Vec<Case<P>> {
                 let resample = Some(p.eventfd()?);
                 refused(vm.irqfd_assign(&Irqfd { resample, ..irqfd(&event, 4) }), Errno::EINVAL)
             },
-        ),
+        )
+        .kernels(Kernels::Since(5, 2, "it is bound, and never resamples")),
         Case::new(
             "split-level-message-tells-its-end",
             "The end of an interrupt by a level-triggered message of a reserved GSI is told to the \

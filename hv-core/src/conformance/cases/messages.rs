@@ -65,7 +65,8 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
                 same("its answer", vm.signal_msi(msi)?, MsiStatus::Delivered)?;
                 same("interrupts", guest.interrupts()?, vec![0x51])
             },
-        ),
+        )
+        .kernels(Kernels::Since(4, 8, "EINVAL")),
         Case::new(
             "message-to-nobody",
             "A message to an APIC id that no vCPU has is delivered to nobody, with EPERM or, where KVM \
@@ -238,7 +239,10 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
         ),
     ]
     .into_iter()
-    .map(|case| case.kernels(Kernels::Since(3, 5, "no KVM_SIGNAL_MSI")))
+    .map(|case| match case.kernels {
+        Kernels::All => case.kernels(Kernels::Since(3, 5, "no KVM_SIGNAL_MSI")),
+        _ => case,
+    })
     .collect()
 }
 

@@ -5,7 +5,7 @@ use kvm_bindings::kvm_pit_config;
 use crate::conformance::bench::{Bench, Drive, vcpu};
 use crate::conformance::expect::{refused, same};
 use crate::conformance::memory::{pages, slot};
-use crate::conformance::{Case, Checked, Guest as _, Platform, Seen, VmOf};
+use crate::conformance::{Case, Checked, Guest as _, Kernels, Platform, Seen, VmOf};
 use crate::{Capability, Errno, MemoryBackend, Vcpu, VcpuExit, VcpuKick, Vm};
 
 pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
@@ -78,10 +78,12 @@ fn irqchips<P: Platform>() -> Vec<Case<P>> {
             "pit-before-irqchip",
             "A PIT is refused with ENOENT without an irqchip.",
             |p: &P| refused(pit::<P>(&p.vm()?), Errno::ENOENT),
-        ),
+        )
+        .kernels(Kernels::Since(6, 8, "a PIT whose interrupts lead nowhere")),
         Case::new("pit-in-split-mode", "A PIT is refused with ENOENT in split mode.", |p: &P| {
             refused(pit::<P>(&p.vm_with_split_irqchip(24)?), Errno::ENOENT)
-        }),
+        })
+        .kernels(Kernels::Since(6, 8, "a PIT whose interrupts lead nowhere")),
         Case::new("pit-twice", "A second PIT is refused with EEXIST.", |p: &P| {
             let vm = p.vm_with_irqchip()?;
             pit::<P>(&vm)?;
@@ -116,7 +118,8 @@ fn addresses<P: Platform>() -> Vec<Case<P>> {
                 let _vcpu = vcpu::<P>(&vm, 0)?;
                 refused(vm.set_identity_map_addr(0xfeff_c000), Errno::EINVAL)
             },
-        ),
+        )
+        .kernels(Kernels::Since(4, 14, "it can")),
         Case::new("tss-after-vcpu", "The TSS may be placed after a vCPU exists.", |p: &P| {
             let vm = p.vm()?;
             let _vcpu = vcpu::<P>(&vm, 0)?;

@@ -3,7 +3,7 @@
 use crate::conformance::bench::{Bench, Drive};
 use crate::conformance::expect::{holds, refused, same};
 use crate::conformance::memory::{PAGE, pages, peek, poke, slot, span};
-use crate::conformance::{Case, Checked, Miss, Platform, RawRequest, Seen, VmOf};
+use crate::conformance::{Case, Checked, Kernels, Miss, Platform, RawRequest, Seen, VmOf};
 use crate::{
     Capability, Errno, Error, HostRange, MemoryBackend, MemorySlot, SlotFlags, SlotId, Vm,
 };
@@ -75,7 +75,8 @@ fn illegal<P: Platform>() -> Vec<Case<P>> {
             "slot-beyond-52-bits",
             "A guest address of 1 << 52 or above is refused with EINVAL.",
             |p: &P| refused(p.vm()?.set_memory_slot(&slot(0, 1 << 52, &pages(1)?)), Errno::EINVAL),
-        ),
+        )
+        .kernels(Kernels::Since(5, 18, "it is taken")),
         Case::new("slot-unknown-flag", "An unknown flag is refused with EINVAL.", |p: &P| {
             let request =
                 RawRequest::SetMemorySlot { slot: slot(0, BASE, &pages(1)?), flags: 1 << 30 };

@@ -60,7 +60,8 @@ fn legal<P: Platform>() -> Vec<Case<P>> {
             "table-message-with-device-id",
             "A message may have a device id.",
             &[msi_route(30, of_a_device)],
-        ),
+        )
+        .kernels(Kernels::Since(4, 8, "EINVAL")),
         table(
             "table-two-gsis-with-a-message",
             "Two GSIs may lead to the same message.",
@@ -186,7 +187,8 @@ fn limits<P: Platform>() -> Vec<Case<P>> {
         Case::new("table-full", "A table may have KVM_CAP_IRQ_ROUTING entries.", move |p: &P| {
             let (vm, limit) = limited(p)?;
             Ok(vm.set_gsi_routing(&messages(0..limit))?)
-        }),
+        })
+        .kernels(Kernels::Since(4, 7, "one entry less")),
         Case::new(
             "table-too-long",
             "A table of one entry more is refused with EINVAL.",

@@ -9,7 +9,7 @@ const ADDRESS: u64 = 0xc000_0000;
 
 const ZONE: CoalescedZone = CoalescedZone { address: IoAddress::Mmio(ADDRESS), size: 0x100 };
 
-/// Devices an in-kernel I/O bus takes (`NR_IOBUS_DEVS` of Linux since 3.19).
+/// Devices an in-kernel I/O bus takes (`NR_IOBUS_DEVS`).
 const BUS_DEVICES: u64 = 1000;
 
 /// Writes that the ring of a VM holds: entries of 24 bytes in a page after two indices, one of them
@@ -51,7 +51,8 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
                 p.raw_refused(&vm, &request, Errno::EINVAL)
             },
         ),
-        Case::new("zone-limit", "The 1001st zone is refused with ENOSPC.", limit),
+        Case::new("zone-limit", "The 1001st zone is refused with ENOSPC.", limit)
+            .kernels(Kernels::Measured("Linux 6.18")),
         Case::new(
             "zone-collects",
             "A write inside a zone does not exit; one that reaches beyond it does, and reads do.",

@@ -19,7 +19,7 @@ pub(in crate::fake) use zones::Collected;
 /// What a host's KVM allows.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::fake) struct IoLimits {
-    /// Chips and zones a bus can have; 1000 since Linux 3.2. ioeventfds don't count.
+    /// Chips and zones a bus can have (`NR_IOBUS_DEVS`). ioeventfds don't count.
     pub(in crate::fake) devices: usize,
     /// `KVM_CAP_IOEVENTFD_ANY_LENGTH`.
     pub(in crate::fake) any_length: bool,
