@@ -75,6 +75,7 @@ pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
             |p: &P| {
                 let nobody = message(2, 0x31);
                 let vm = p.vm_with_irqchip()?;
+                p.needs(&vm, Capability::SignalMsi)?;
                 let _guest = p.guest_on(&vm, 0)?;
                 same("ids of their own", vm.signal_msi(nobody)?, MsiStatus::Blocked)?;
                 let vm = p.vm_with_irqchip()?;

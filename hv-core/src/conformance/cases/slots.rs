@@ -4,9 +4,7 @@ use crate::conformance::bench::{Bench, Drive};
 use crate::conformance::expect::{holds, refused, same};
 use crate::conformance::memory::{PAGE, pages, peek, poke, slot, span};
 use crate::conformance::{Case, Checked, Kernels, Miss, Platform, RawRequest, Seen, VmOf};
-use crate::{
-    Capability, Errno, Error, HostRange, MemoryBackend, MemorySlot, SlotFlags, SlotId, Vm,
-};
+use crate::{Capability, Errno, Error, HostRange, MemoryBackend, MemorySlot, SlotFlags, SlotId};
 
 /// Where the slots of these cases are.
 const BASE: u64 = 0x1_0000;
@@ -234,7 +232,7 @@ fn changed<P: Platform>(p: &P, change: Change, expected: Result<(), Errno>) -> C
 
 fn id_at_limit<P: Platform>(p: &P) -> Checked {
     let vm = p.vm()?;
-    let limit = Vm::check_extension(&vm, Capability::NrMemslots)?.unsigned_abs();
+    let limit = p.needs(&vm, Capability::NrMemslots)?.unsigned_abs();
     let memory = pages(1)?;
     refused(vm.set_memory_slot(&slot(limit, BASE, &memory)), Errno::EINVAL)?;
     Ok(vm.set_memory_slot(&slot(limit - 1, BASE, &memory))?)
