@@ -65,7 +65,7 @@ const fn of_ioctl(ioctl: Ioctl) -> &'static [Errno] {
         I::SetIdentityMapAddr | I::SetNrMmuPages | I::SetClock => &[E::EINVAL, E::EIO],
         // Beyond EINVAL: on Intel hosts KVM makes a memory slot of its own and writes to it.
         I::SetTssAddr => &[E::EINVAL, E::EEXIST, E::ENOMEM, E::EFAULT, E::EIO],
-        I::CreateIrqchip => &[E::EEXIST, E::EINVAL, E::ENOMEM, E::EIO],
+        I::CreateIrqchip => &[E::EEXIST, E::EINVAL, E::ENOSPC, E::ENOMEM, E::EIO],
         I::GetIrqchip | I::SetIrqchip => &[E::ENXIO, E::EINVAL, E::ENOMEM, E::EIO],
         I::CreatePit2 => &[E::ENOENT, E::EEXIST, E::ENOMEM, E::EIO],
         I::GetPit2 | I::SetPit2 | I::IrqLine | I::IrqLineStatus => &[E::ENXIO, E::EIO],

@@ -1,6 +1,6 @@
 //! Where a limit lies exactly: the last value that is taken or the first that is refused.
 
-use kvm_bindings::{kvm_clock_data, kvm_pit_config, kvm_pit_state2};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config, kvm_pit_state2};
 
 use crate::conformance::bench::{Bench, Drive, vcpu};
 use crate::conformance::expect::{refused, same};
@@ -69,6 +69,26 @@ fn creation<P: Platform>() -> Vec<Case<P>> {
             same("a write to its control word", guest.port_out(0x43, &[0x30])?, Seen::ByKernel)?;
             same("a read of its counter", guest.port_in::<1>(0x40)?.1, Seen::ByKernel)
         }),
+        Case::new(
+            "irqchip-on-a-full-bus",
+            "An irqchip there is no room for is refused with ENOSPC, and nothing of it is there.",
+            irqchip_on_a_full_bus,
+        )
+        .kernels(Kernels::Measured("Linux 6.18")),
+        Case::new(
+            "pit-speaker-port",
+            "A PIT serves the port of the speaker only if it is asked to (KVM_PIT_SPEAKER_DUMMY).",
+            |p: &P| {
+                for (flags, served) in [(0, false), (KVM_PIT_SPEAKER_DUMMY, true)] {
+                    let vm = p.vm_with_irqchip()?;
+                    let mut guest = p.guest_on(&vm, 0)?;
+                    vm.create_pit2(kvm_pit_config { flags, ..Default::default() })?;
+                    let seen = guest.port_out(0x61, &[0])?;
+                    same(&format!("served with flags {flags}"), seen == Seen::ByKernel, served)?;
+                }
+                Ok(())
+            },
+        ),
         Case::new("pit-on-a-full-bus", "A PIT there is no room for is ENOMEM.", |p: &P| {
             let vm = p.vm_with_irqchip()?;
             p.needs(&vm, Capability::CoalescedPio)?;
@@ -92,6 +112,19 @@ fn creation<P: Platform>() -> Vec<Case<P>> {
         )
         .kernels(Kernels::Since(6, 0, "it can't be set")),
     ]
+}
+
+fn irqchip_on_a_full_bus<P: Platform>(p: &P) -> Checked {
+    let vm = p.vm()?;
+    p.needs(&vm, Capability::CoalescedPio)?;
+    let zone = |n| CoalescedZone { address: IoAddress::Pio(0x1000 + n), size: 1 };
+    for n in 0..BUS_DEVICES - PIC_DEVICES + 1 {
+        vm.register_coalesced_zone(zone(n))?;
+    }
+    refused(vm.create_irqchip(), Errno::ENOSPC)?;
+    refused(vm.irqchip(0).map(|_| ()), Errno::ENXIO)?;
+    vm.unregister_coalesced_zone(zone(0))?;
+    Ok(vm.create_irqchip()?)
 }
 
 fn vcpu_id_limit<P: Platform>(p: &P) -> Checked {
