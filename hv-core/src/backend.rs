@@ -20,7 +20,8 @@ pub trait IrqBackend {
     /// descriptor unbinds it, without a word.
     ///
     /// # Errors
-    /// `EBUSY` if the eventfd is already bound, `EINVAL` for a resample eventfd in split mode.
+    /// `EBUSY` if the eventfd is already bound, since Linux 6.17 also if that is in another VM;
+    /// `EINVAL` for a resample eventfd in split mode.
     fn irqfd_assign(&self, irqfd: &Irqfd) -> Result<(), Error>;
 
     /// Unbinds an eventfd from a GSI (`KVM_IRQFD` with `KVM_IRQFD_FLAG_DEASSIGN`). A binding that

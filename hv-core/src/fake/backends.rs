@@ -15,11 +15,12 @@ impl IrqBackend for FakeVm {
 
     fn irqfd_assign(&self, irqfd: &Irqfd) -> Result<(), Error> {
         let resamples = self.has(Capability::IrqfdResample);
+        let elsewhere = self.is_bound_elsewhere(&irqfd.event);
         self.call(Ioctl::Irqfd, Context::Gsi(irqfd.gsi), |state| {
             if irqfd.resample.is_some() && !resamples {
                 return Err(Errno::EINVAL);
             }
-            state.irq.irqfd_assign(irqfd)
+            state.irq.irqfd_assign(irqfd, elsewhere)
         })
     }
 

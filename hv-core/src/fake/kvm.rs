@@ -85,7 +85,7 @@ impl System {
         all.extend(findings.into_iter().take(room));
     }
 
-    fn vms(&self) -> Vec<Arc<Shared>> {
+    pub(super) fn vms(&self) -> Vec<Arc<Shared>> {
         lock(&self.vms).iter().filter_map(Weak::upgrade).filter(|vm| vm.is_open()).collect()
     }
 }

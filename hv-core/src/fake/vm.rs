@@ -11,7 +11,7 @@ use kvm_bindings::{
 use super::irq::DirectedEoi;
 use super::state::{Shared, State};
 use super::{FakeVcpu, VmView};
-use crate::{Capability, Context, Errno, Error, IoAddress, Ioctl, Vm};
+use crate::{Capability, Context, Errno, Error, EventFd, IoAddress, Ioctl, Vm};
 
 /// `KVM_MIN_ALLOC_MMU_PAGES`.
 const MIN_MMU_PAGES: u64 = 64;
@@ -73,6 +73,15 @@ impl FakeVm {
         let known = needs(ioctl).is_none_or(|cap| system.host.has(cap));
         let result = self.shared().with(|state| if known { f(state) } else { Err(Errno::ENOTTY) });
         result.map_err(|errno| Error::new(ioctl, errno).about(about))
+    }
+
+    /// Whether an eventfd is bound in another VM of this KVM. VMs are asked one by one, so no lock is
+    /// taken under another.
+    pub(super) fn is_bound_elsewhere(&self, event: &EventFd) -> bool {
+        let Some(id) = event.id() else { return false };
+        let vms = self.shared().system.vms();
+        let mut others = vms.iter().filter(|vm| !Arc::ptr_eq(vm, &self.handle.shared));
+        others.any(|vm| vm.with(|state| state.irq.is_bound(id)))
     }
 
     /// Whether VMs of this host have a capability.

@@ -84,6 +84,19 @@ fn binding<P: Platform>() -> Vec<Case<P>> {
             },
         ),
         Case::new(
+            "irqfd-on-two-vms",
+            "One eventfd can't be bound in two VMs (EBUSY); it can once the first has unbound it.",
+            |p: &P| {
+                let (vm, _guest, event) = routed(p)?;
+                let other = p.vm_with_irqchip()?;
+                vm.irqfd_assign(&irqfd(&event, 30))?;
+                refused(other.irqfd_assign(&irqfd(&event, 4)), Errno::EBUSY)?;
+                vm.irqfd_deassign(&event, Gsi(30))?;
+                Ok(other.irqfd_assign(&irqfd(&event, 4))?)
+            },
+        )
+        .kernels(Kernels::Since(6, 17, "it is bound in both")),
+        Case::new(
             "irqfd-two-on-a-gsi",
             "Two eventfds may be bound to one GSI; each of them delivers.",
             |p: &P| {

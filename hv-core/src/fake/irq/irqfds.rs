@@ -103,16 +103,22 @@ impl Irqfds {
         self.bound.values().map(|bound| bound.gsi)
     }
 
+    /// Whether an eventfd is bound, by the kernel's number of it.
+    pub(super) fn is_bound(&self, id: u64) -> bool {
+        self.bound.contains_key(&id)
+    }
+
     /// Binds an eventfd; whether it was already signalled.
     ///
     /// # Errors
-    /// `EINVAL` for what is no eventfd, `EBUSY` for one that is bound, those of `epoll_ctl(2)`.
-    pub(super) fn assign(&mut self, irqfd: &Irqfd) -> Result<bool, Errno> {
+    /// `EINVAL` for what is no eventfd, `EBUSY` for one that is bound, here or `elsewhere`, those of
+    /// `epoll_ctl(2)`.
+    pub(super) fn assign(&mut self, irqfd: &Irqfd, elsewhere: bool) -> Result<bool, Errno> {
         let id = irqfd.event.id().ok_or(Errno::EINVAL)?;
         if irqfd.resample.as_ref().is_some_and(|resample| resample.id().is_none()) {
             return Err(Errno::EINVAL);
         }
-        if self.bound.contains_key(&id) {
+        if elsewhere || self.is_bound(id) {
             return Err(Errno::EBUSY);
         }
         let flags = EventFlags::IN | EventFlags::ET;
@@ -243,8 +249,8 @@ mod tests {
     #[test]
     fn signals_are_taken_and_told_once() {
         let (mut irqfds, a, b) = (Irqfds::new().unwrap(), event(), event());
-        assert_eq!(irqfds.assign(&irqfd(&a, 4)), Ok(false));
-        assert_eq!(irqfds.assign(&irqfd(&b, 4)), Ok(false), "two on one GSI");
+        assert_eq!(irqfds.assign(&irqfd(&a, 4), false), Ok(false));
+        assert_eq!(irqfds.assign(&irqfd(&b, 4), false), Ok(false), "two on one GSI");
         assert!(irqfds.signalled().is_empty());
         a.signal();
         a.signal();
@@ -257,7 +263,7 @@ mod tests {
     fn a_count_from_before_stays_until_the_next_signal() {
         let (mut irqfds, a) = (Irqfds::new().unwrap(), event());
         a.signal();
-        assert_eq!(irqfds.assign(&irqfd(&a, 4)), Ok(true));
+        assert_eq!(irqfds.assign(&irqfd(&a, 4), false), Ok(true));
         assert!(irqfds.signalled().is_empty());
         assert!(irqfds.signalled().is_empty());
         assert_eq!(count(&a), 1);
@@ -270,7 +276,7 @@ mod tests {
     fn a_signal_right_after_the_assignment_is_told() {
         let (mut irqfds, a) = (Irqfds::new().unwrap(), event());
         a.signal();
-        irqfds.assign(&irqfd(&a, 4)).unwrap();
+        irqfds.assign(&irqfd(&a, 4), false).unwrap();
         a.signal();
         assert_eq!(gsis(&irqfds.signalled()), [4]);
     }
@@ -278,25 +284,25 @@ mod tests {
     #[test]
     fn one_eventfd_is_bound_once() {
         let (mut irqfds, a) = (Irqfds::new().unwrap(), event());
-        irqfds.assign(&irqfd(&a, 4)).unwrap();
+        irqfds.assign(&irqfd(&a, 4), false).unwrap();
         let copy = EventFd::from(a.as_fd().try_clone_to_owned().unwrap());
-        assert_eq!(irqfds.assign(&irqfd(&a, 4)), Err(Errno::EBUSY));
-        assert_eq!(irqfds.assign(&irqfd(&copy, 5)), Err(Errno::EBUSY));
+        assert_eq!(irqfds.assign(&irqfd(&a, 4), false), Err(Errno::EBUSY));
+        assert_eq!(irqfds.assign(&irqfd(&copy, 5), false), Err(Errno::EBUSY));
         assert_eq!(irqfds.deassign(&copy, Gsi(5)), Ok(None), "wrong GSI");
         assert_eq!(irqfds.deassign(&copy, Gsi(4)), Ok(unbound(4, false)));
         assert_eq!(irqfds.deassign(&a, Gsi(4)), Ok(None));
-        assert_eq!(irqfds.assign(&irqfd(&copy, 5)), Ok(false));
+        assert_eq!(irqfds.assign(&irqfd(&copy, 5), false), Ok(false));
     }
 
     #[test]
     fn deassigning_takes_the_counter() {
         let (mut irqfds, a) = (Irqfds::new().unwrap(), event());
-        irqfds.assign(&irqfd(&a, 4)).unwrap();
+        irqfds.assign(&irqfd(&a, 4), false).unwrap();
         a.signal();
         assert_eq!(irqfds.deassign(&a, Gsi(4)), Ok(unbound(4, true)));
         assert_eq!(a.take(), None);
         a.signal();
-        assert_eq!(irqfds.assign(&irqfd(&a, 4)), Ok(true), "kept while it was not assigned");
+        assert_eq!(irqfds.assign(&irqfd(&a, 4), false), Ok(true), "kept while it was not assigned");
         assert_eq!(irqfds.deassign(&a, Gsi(4)), Ok(unbound(4, false)));
         assert_eq!(a.take(), None);
     }
@@ -308,7 +314,7 @@ mod tests {
             let a = event();
             (0..count).for_each(|_| a.signal());
             let level = Irqfd { resample: Some(resample.clone()), ..irqfd(&a, 4) };
-            irqfds.assign(&level).unwrap();
+            irqfds.assign(&level, false).unwrap();
             let copy = a.clone();
             drop((a, level));
             assert!(irqfds.closed().is_empty());
@@ -325,13 +331,13 @@ mod tests {
     #[test]
     fn a_closed_resample_eventfd_unbinds_nothing() {
         let (mut irqfds, a) = (Irqfds::new().unwrap(), event());
-        irqfds.assign(&Irqfd { resample: Some(event()), ..irqfd(&a, 4) }).unwrap();
+        irqfds.assign(&Irqfd { resample: Some(event()), ..irqfd(&a, 4) }, false).unwrap();
         assert!(irqfds.closed().is_empty() && irqfds.resamples(Gsi(4)));
         assert!(irqfds.list().all(|irqfd| irqfd.resample.is_some()));
         irqfds.resample(Gsi(4));
         // Nor does an eventfd that is its own keep itself.
         let b = event();
-        irqfds.assign(&Irqfd { resample: Some(b.clone()), ..irqfd(&b, 5) }).unwrap();
+        irqfds.assign(&Irqfd { resample: Some(b.clone()), ..irqfd(&b, 5) }, false).unwrap();
         drop(b);
         assert_eq!(irqfds.closed().len(), 1);
     }
@@ -340,9 +346,9 @@ mod tests {
     fn what_is_no_eventfd() {
         let mut irqfds = Irqfds::new().unwrap();
         let null = EventFd::from(OwnedFd::from(fs::File::open("/dev/null").unwrap()));
-        assert_eq!(irqfds.assign(&irqfd(&null, 4)), Err(Errno::EINVAL));
+        assert_eq!(irqfds.assign(&irqfd(&null, 4), false), Err(Errno::EINVAL));
         let resample = Irqfd { resample: Some(null.clone()), ..irqfd(&event(), 4) };
-        assert_eq!(irqfds.assign(&resample), Err(Errno::EINVAL));
+        assert_eq!(irqfds.assign(&resample, false), Err(Errno::EINVAL));
         assert_eq!(irqfds.deassign(&null, Gsi(4)), Err(Errno::EINVAL));
     }
 
@@ -350,7 +356,7 @@ mod tests {
     fn a_blocking_eventfd_blocks_nobody() {
         let mut irqfds = Irqfds::new().unwrap();
         let blocking = EventFd::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
-        irqfds.assign(&irqfd(&blocking, 4)).unwrap();
+        irqfds.assign(&irqfd(&blocking, 4), false).unwrap();
         blocking.signal();
         assert_eq!(irqfds.signalled().len(), 1);
         irqfds.deassign(&blocking, Gsi(4)).unwrap();
@@ -358,7 +364,7 @@ mod tests {
         rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
         let held = event();
         let resample = Irqfd { resample: Some(full), ..irqfd(&held, 5) };
-        irqfds.assign(&resample).unwrap();
+        irqfds.assign(&resample, false).unwrap();
         irqfds.resample(Gsi(5));
     }
 
@@ -367,7 +373,7 @@ mod tests {
         let mut irqfds = Irqfds::new().unwrap();
         let events: Vec<_> = (0..200).map(|_| event()).collect();
         for (gsi, event) in (0..).zip(&events) {
-            irqfds.assign(&irqfd(event, gsi)).unwrap();
+            irqfds.assign(&irqfd(event, gsi), false).unwrap();
             event.signal();
         }
         let mut told = gsis(&irqfds.signalled());

@@ -209,14 +209,23 @@ impl Irq {
 
     // irqfds.
 
-    /// `KVM_IRQFD`.
-    pub(in crate::fake) fn irqfd_assign(&mut self, irqfd: &Irqfd) -> Result<(), Errno> {
+    /// Whether an eventfd, by the kernel's number, is bound.
+    pub(in crate::fake) fn is_bound(&self, eventfd: u64) -> bool {
+        self.irqfds.is_bound(eventfd)
+    }
+
+    /// `KVM_IRQFD`, of an eventfd that may be bound in another VM.
+    pub(in crate::fake) fn irqfd_assign(
+        &mut self,
+        irqfd: &Irqfd,
+        elsewhere: bool,
+    ) -> Result<(), Errno> {
         match self.kind {
             None => return Err(Errno::EINVAL),
             Some(Kind::Split) if irqfd.resample.is_some() => return Err(Errno::EINVAL),
             Some(_) => {}
         }
-        let assigned = self.irqfds.assign(irqfd);
+        let assigned = self.irqfds.assign(irqfd, elsewhere);
         if assigned.is_err() {
             self.release(irqfd.into()); // KVM had set up the resampler by then
         }

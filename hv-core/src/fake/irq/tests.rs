@@ -75,7 +75,7 @@ fn before_an_irqchip() {
     let mut irq = irq();
     assert_eq!(irq.kind(), None);
     assert_eq!(irq.set_routing(&[]), Err(Errno::EINVAL));
-    assert_eq!(irq.irqfd_assign(&irqfd(&event(), 0)), Err(Errno::EINVAL));
+    assert_eq!(irq.irqfd_assign(&irqfd(&event(), 0), false), Err(Errno::EINVAL));
     assert_eq!(irq.msi(message(0x40)), Err(Errno::EINVAL));
     assert_eq!(irq.line(Gsi(4), true), Err(Errno::ENXIO));
     assert_eq!(irq.chip(0).map(|_| ()), Err(Errno::ENXIO));
@@ -162,8 +162,8 @@ fn messages_say_what_became_of_them() {
 fn an_irqfd_delivers_through_its_route() {
     let (mut irq, event) = (full(), event());
     irq.set_routing(&[msi_route(24, 0x51)]).unwrap();
-    irq.irqfd_assign(&irqfd(&event, 24)).unwrap();
-    assert_eq!(irq.irqfd_assign(&irqfd(&event, 25)), Err(Errno::EBUSY));
+    irq.irqfd_assign(&irqfd(&event, 24), false).unwrap();
+    assert_eq!(irq.irqfd_assign(&irqfd(&event, 25), false), Err(Errno::EBUSY));
     event.signal();
     irq.settle();
     assert_eq!(irq.take(0), fixed(&[0x51]));
@@ -182,7 +182,7 @@ fn what_is_signalled_while_not_assigned_is_kept() {
     let (mut irq, event) = (full(), event());
     irq.set_routing(&[msi_route(24, 0x51)]).unwrap();
     event.signal();
-    irq.irqfd_assign(&irqfd(&event, 24)).unwrap();
+    irq.irqfd_assign(&irqfd(&event, 24), false).unwrap();
     irq.settle();
     assert_eq!(irq.log(0), fixed(&[0x51]), "at once, and once");
     assert_eq!(event.take(), Some(1), "the counter is left alone");
@@ -193,7 +193,7 @@ fn what_is_signalled_while_not_assigned_is_kept() {
 fn an_event_without_a_route_is_lost() {
     let (mut irq, event) = (full(), event());
     irq.set_routing(&[]).unwrap();
-    irq.irqfd_assign(&irqfd(&event, 24)).unwrap();
+    irq.irqfd_assign(&irqfd(&event, 24), false).unwrap();
     assert_eq!(irq.drain_findings(), [Finding::UnroutedIrqfd { gsi: Gsi(24) }]);
     event.signal();
     irq.settle();
@@ -210,7 +210,7 @@ fn an_event_without_a_route_is_lost() {
 fn gsis_are_not_checked_but_found() {
     let (mut irq, events) = (full(), [event(), event()]);
     for (event, gsi) in events.iter().zip([5000, u32::MAX]) {
-        irq.irqfd_assign(&irqfd(event, gsi)).unwrap();
+        irq.irqfd_assign(&irqfd(event, gsi), false).unwrap();
         let gsi = Gsi(gsi);
         assert_eq!(irq.drain_findings(), [Finding::GsiOutOfRange { gsi, limit: LIMIT }]);
         event.signal();
@@ -232,7 +232,7 @@ fn why_events_are_lost() {
     {
         let (mut irq, event) = (full(), event());
         redirect(&mut irq, 20, entry);
-        irq.irqfd_assign(&irqfd(&event, 20)).unwrap();
+        irq.irqfd_assign(&irqfd(&event, 20), false).unwrap();
         event.signal();
         irq.settle();
         assert_eq!(irq.drain_findings(), why.map_or(Vec::new(), |why| lost(20, why)));
@@ -242,7 +242,7 @@ fn why_events_are_lost() {
     irq.create_full();
     irq.add_vcpu(0);
     irq.set_routing(&[msi_route(24, 0x51)]).unwrap();
-    irq.irqfd_assign(&irqfd(&event, 24)).unwrap();
+    irq.irqfd_assign(&irqfd(&event, 24), false).unwrap();
     event.signal();
     irq.settle();
     assert_eq!(irq.drain_findings(), lost(24, Loss::Disabled));
@@ -252,7 +252,7 @@ fn why_events_are_lost() {
 fn a_pulse_on_a_level_in_service_is_lost() {
     let (mut irq, event) = (full(), event());
     redirect(&mut irq, 20, 0x61 | LEVEL);
-    irq.irqfd_assign(&irqfd(&event, 20)).unwrap();
+    irq.irqfd_assign(&irqfd(&event, 20), false).unwrap();
     event.signal();
     irq.settle();
     assert_eq!(irq.take(0), fixed(&[0x61]));
@@ -268,7 +268,7 @@ fn a_resample_irqfd_holds_its_line_until_the_end() {
     let (mut irq, event, resample) = (full(), event(), event());
     redirect(&mut irq, 20, 0x61 | LEVEL);
     let irqfd = Irqfd { resample: Some(resample.clone()), ..irqfd(&event, 20) };
-    irq.irqfd_assign(&irqfd).unwrap();
+    irq.irqfd_assign(&irqfd, false).unwrap();
     event.signal();
     irq.settle();
     assert_eq!(irq.take(0), fixed(&[0x61]));
@@ -286,14 +286,15 @@ fn a_resample_irqfd_holds_its_line_until_the_end() {
     irq.end_of_interrupt(0, 0x61);
     assert_eq!((irq.pending(0), resample.take()), (false, None));
     assert!(irq.drain_findings().is_empty());
-    assert_eq!(split(24).irqfd_assign(&irqfd), Err(Errno::EINVAL));
+    assert_eq!(split(24).irqfd_assign(&irqfd, false), Err(Errno::EINVAL));
 }
 
 #[test]
 fn a_level_goes_with_its_eventfd() {
     let (mut irq, event, resample) = (full(), event(), event());
     redirect(&mut irq, 20, 0x61 | LEVEL | MASKED);
-    irq.irqfd_assign(&Irqfd { resample: Some(resample.clone()), ..irqfd(&event, 20) }).unwrap();
+    irq.irqfd_assign(&Irqfd { resample: Some(resample.clone()), ..irqfd(&event, 20) }, false)
+        .unwrap();
     event.signal();
     irq.settle();
     drop(event);
@@ -308,7 +309,7 @@ fn a_level_goes_with_its_eventfd() {
 fn an_event_before_its_eventfd_is_closed_is_delivered() {
     let (mut irq, event) = (full(), event());
     irq.set_routing(&[msi_route(24, 0x51)]).unwrap();
-    irq.irqfd_assign(&irqfd(&event, 24)).unwrap();
+    irq.irqfd_assign(&irqfd(&event, 24), false).unwrap();
     event.signal();
     drop(event);
     irq.settle();
@@ -320,7 +321,8 @@ fn an_event_before_its_eventfd_is_closed_is_delivered() {
 fn an_unmasked_level_asks_its_resampler() {
     let (mut irq, event, resample) = (full(), event(), event());
     redirect(&mut irq, 20, 0x61 | LEVEL | MASKED);
-    irq.irqfd_assign(&Irqfd { resample: Some(resample.clone()), ..irqfd(&event, 20) }).unwrap();
+    irq.irqfd_assign(&Irqfd { resample: Some(resample.clone()), ..irqfd(&event, 20) }, false)
+        .unwrap();
     event.signal();
     irq.settle();
     assert!(!irq.pending(0) && irq.drain_findings().is_empty(), "it waits");
@@ -341,7 +343,8 @@ fn the_8259_pair_reaches_the_boot_processor() {
         assert!(irq.port_write(port, &[value]));
     }
     // The wire is LINT0, which enabling by software leaves alone.
-    irq.irqfd_assign(&Irqfd { resample: Some(resample.clone()), ..irqfd(&event, 4) }).unwrap();
+    irq.irqfd_assign(&Irqfd { resample: Some(resample.clone()), ..irqfd(&event, 4) }, false)
+        .unwrap();
     event.signal();
     irq.settle();
     assert!(irq.pending(0) && !irq.pending(1));
@@ -453,7 +456,7 @@ fn state_is_read_and_set() {
 #[test]
 fn the_epoll_instance_is_readable_while_something_is_signalled() {
     let (mut irq, event) = (full(), event());
-    irq.irqfd_assign(&irqfd(&event, 20)).unwrap();
+    irq.irqfd_assign(&irqfd(&event, 20), false).unwrap();
     let readable = |irq: &Irq| {
         let epoll = irq.epoll();
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
