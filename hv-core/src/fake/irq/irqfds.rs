@@ -318,7 +318,7 @@ mod tests {
             let copy = a.clone();
             drop((a, level));
             assert!(irqfds.closed().is_empty());
-            assert_eq!(irqfds.list().map(|irqfd| irqfd.event).collect::<Vec<_>>(), [copy.clone()]);
+            assert!(irqfds.list().map(|irqfd| irqfd.event).eq([copy.clone()]));
             (0..signals).for_each(|_| copy.signal());
             drop(copy);
             assert_eq!(irqfds.list().count(), 0);
