@@ -90,13 +90,23 @@ pub trait MemoryBackend {
         bitmap: &[u64],
     ) -> Result<(), Error>;
 
-    /// Lets KVM collect the writes to a zone (`KVM_REGISTER_COALESCED_MMIO`).
+    /// Takes back what was collected from the dirty rings of all vCPUs, and protects those pages
+    /// again (`KVM_RESET_DIRTY_RINGS`, needs `KVM_CAP_DIRTY_LOG_RING` or `_ACQ_REL` to be enabled):
+    /// how many entries. A signal may end it early, and then there are some left.
+    ///
+    /// # Errors
+    /// `EINVAL` without dirty rings.
+    fn reset_dirty_rings(&self) -> Result<u32, Error>;
+
+    /// Lets KVM collect the writes to a zone (`KVM_REGISTER_COALESCED_MMIO`), to
+    /// be taken by [`Vcpu::take_coalesced_write`](crate::Vcpu::take_coalesced_write).
     ///
     /// # Errors
     /// `ENOSPC` beyond the limit of zones.
     fn register_coalesced_zone(&self, zone: CoalescedZone) -> Result<(), Error>;
 
-    /// Ends that (`KVM_UNREGISTER_COALESCED_MMIO`). A zone that does not exist is no error.
+    /// Ends that (`KVM_UNREGISTER_COALESCED_MMIO`). A zone that does not exist is no error. What it
+    /// has collected stays to be taken.
     ///
     /// # Errors
     /// `EINVAL` for an unknown address space.

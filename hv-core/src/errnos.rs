@@ -41,6 +41,9 @@ impl Call {
                 E::ENOMEM,
             ],
             Call::Mmap => &[E::ENOMEM, E::EAGAIN, E::EINVAL, E::ENODEV, E::EACCES],
+            // EINVAL is the backend's: no ring was enabled.
+            Call::MmapDirtyRing => &[E::ENOMEM, E::EAGAIN, E::EINVAL, E::ENODEV, E::EACCES],
+            Call::CoalescedRing => &[E::EIO],
             Call::Eventfd => &[E::EMFILE, E::ENFILE, E::ENODEV, E::ENOMEM],
             // EBUSY is the backend's: the signal has another handler.
             Call::Sigaction => &[E::EBUSY, E::EINVAL],
@@ -75,6 +78,7 @@ const fn of_ioctl(ioctl: Ioctl) -> &'static [Errno] {
         I::SignalMsi => &[E::EINVAL, E::EIO],
         I::SetUserMemoryRegion => &[E::EEXIST, E::EINVAL, E::ENOMEM, E::EIO],
         I::GetDirtyLog | I::ClearDirtyLog => &[E::ENOENT, E::EINVAL, E::ENXIO, E::EIO],
+        I::ResetDirtyRings => &[E::EINVAL, E::EIO],
         I::RegisterCoalescedMmio => &[E::ENOSPC, E::EINVAL, E::ENOMEM, E::EIO],
         I::UnregisterCoalescedMmio => &[E::EINVAL, E::ENOMEM, E::EIO],
         I::Ioeventfd => &[E::EEXIST, E::ENOENT, E::EINVAL, E::ENOSPC, E::ENOMEM, E::EIO],

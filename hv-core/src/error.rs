@@ -116,6 +116,9 @@ impl fmt::Display for Error {
     }
 }
 
+const NO_RING: &str =
+    "the VM has no dirty rings: enable KVM_CAP_DIRTY_LOG_RING before the first vCPU";
+
 /// What an errno of a call means, from the KVM API documentation and measured behaviour.
 fn remedy(call: Call, errno: Errno) -> Option<&'static str> {
     use Ioctl as I;
@@ -126,6 +129,12 @@ fn remedy(call: Call, errno: Errno) -> Option<&'static str> {
         }
         Call::Sigaction if errno == Errno::EBUSY => {
             return Some("the program already handles this signal: choose another for it");
+        }
+        Call::MmapDirtyRing if errno == Errno::EINVAL => {
+            return Some(NO_RING);
+        }
+        Call::CoalescedRing if errno == Errno::EIO => {
+            return Some("the ring holds what KVM never writes: memory of this process is damaged");
         }
         _ => return None,
     };
@@ -175,6 +184,7 @@ fn remedy(call: Call, errno: Errno) -> Option<&'static str> {
             "the slot does not exist or does not log dirty pages"
         }
         (I::GetDirtyLog | I::ClearDirtyLog, Errno::ENXIO) => "this VM uses a dirty ring",
+        (I::ResetDirtyRings, Errno::EINVAL) => NO_RING,
         (I::RegisterCoalescedMmio, Errno::ENOSPC) => "the VM has its maximum of coalesced zones",
         (I::Run, Errno::EFAULT) => {
             "guest memory could not be reached by the kernel, or its backing file shrank"

@@ -65,6 +65,7 @@ ioctls! {
     SetUserMemoryRegion "KVM_SET_USER_MEMORY_REGION",
     GetDirtyLog "KVM_GET_DIRTY_LOG",
     ClearDirtyLog "KVM_CLEAR_DIRTY_LOG",
+    ResetDirtyRings "KVM_RESET_DIRTY_RINGS",
     RegisterCoalescedMmio "KVM_REGISTER_COALESCED_MMIO",
     UnregisterCoalescedMmio "KVM_UNREGISTER_COALESCED_MMIO",
     // I/O events
@@ -114,6 +115,10 @@ pub enum Call {
     Open,
     /// `mmap(2)` of the `kvm_run` page of a vCPU.
     Mmap,
+    /// `mmap(2)` of the dirty ring of a vCPU.
+    MmapDirtyRing,
+    /// A look into the ring of collected writes, which is no system call.
+    CoalescedRing,
     /// `eventfd(2)`.
     Eventfd,
     /// `sigaction(2)` for the signal that kicks.
@@ -124,13 +129,15 @@ pub enum Call {
 
 impl Call {
     /// The name in the KVM API documentation or of the manual page, such as `"KVM_RUN"` or
-    /// `"mmap"`.
+    /// `"mmap"`, or of our own where neither says enough. No two have the same.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Call::Ioctl(ioctl) => ioctl.name(),
             Call::Open => "open",
             Call::Mmap => "mmap",
+            Call::MmapDirtyRing => "mmap_dirty_ring",
+            Call::CoalescedRing => "coalesced_mmio_ring",
             Call::Eventfd => "eventfd",
             Call::Sigaction => "sigaction",
             Call::Kick => "tgkill",
@@ -139,7 +146,15 @@ impl Call {
 
     /// Every call the project can make: all ioctls, then the others.
     pub fn all() -> impl Iterator<Item = Call> {
-        let others = [Call::Open, Call::Mmap, Call::Eventfd, Call::Sigaction, Call::Kick];
+        let others = [
+            Call::Open,
+            Call::Mmap,
+            Call::MmapDirtyRing,
+            Call::CoalescedRing,
+            Call::Eventfd,
+            Call::Sigaction,
+            Call::Kick,
+        ];
         Ioctl::ALL.iter().copied().map(Call::Ioctl).chain(others)
     }
 }
@@ -156,6 +171,8 @@ impl fmt::Display for Call {
             Call::Ioctl(ioctl) => ioctl.fmt(f),
             Call::Open => f.write_str("open"),
             Call::Mmap => f.write_str("mmap of kvm_run"),
+            Call::MmapDirtyRing => f.write_str("mmap of the dirty ring"),
+            Call::CoalescedRing => f.write_str("taking a collected write"),
             Call::Eventfd => f.write_str("eventfd"),
             Call::Sigaction => f.write_str("sigaction of the kick signal"),
             Call::Kick => f.write_str("tgkill of a vCPU thread"),
@@ -178,7 +195,7 @@ mod tests {
     #[test]
     fn calls_have_names_of_their_own() {
         let names: HashSet<_> = Call::all().map(Call::name).collect();
-        assert_eq!(names.len(), Ioctl::ALL.len() + 5);
+        assert_eq!(names.len(), Ioctl::ALL.len() + 7);
         assert_eq!(Call::from(Ioctl::Run).name(), "KVM_RUN");
     }
 

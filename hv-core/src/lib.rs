@@ -15,6 +15,7 @@ mod capability;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod device;
+mod dirty_ring;
 mod errno;
 mod errnos;
 mod error;
@@ -37,6 +38,7 @@ mod vcpu;
 pub use backend::{IoEventBackend, IrqBackend, MemoryBackend};
 pub use capability::{Capability, Scope};
 pub use device::{DeviceChoice, OpenError, OpenErrorKind, ParseDeviceError};
+pub use dirty_ring::{DirtyGfn, DirtyPage, DirtyRing};
 pub use errno::Errno;
 pub use error::{Context, Error};
 pub use event::EventFd;
@@ -46,7 +48,9 @@ pub use exit::{
 pub use hypervisor::{Hypervisor, MsrIndexList, Vm};
 pub use ioctl::{Call, Ioctl};
 pub use ioevent::IoEvent;
-pub use memory::{CoalescedZone, HostMemory, HostRange, IoAddress, MemorySlot, SlotFlags, SlotId};
+pub use memory::{
+    CoalescedWrite, CoalescedZone, HostMemory, HostRange, IoAddress, MemorySlot, SlotFlags, SlotId,
+};
 pub use route::{Gsi, IrqchipId, Irqfd, LineStatus, Msi, MsiStatus, Route, RouteTarget};
 pub use vcpu::{InterruptState, Vcpu, VcpuKick};
 

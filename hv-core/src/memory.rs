@@ -143,6 +143,34 @@ pub struct CoalescedZone {
     pub size: u32,
 }
 
+/// A write that a coalesced zone collected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CoalescedWrite {
+    /// Where the guest wrote.
+    pub address: IoAddress,
+    /// Bytes of it, 1 to 8.
+    pub len: u8,
+    /// Those bytes; what is behind them means nothing.
+    pub data: [u8; 8],
+}
+
+impl CoalescedWrite {
+    /// A write of up to 8 bytes, or `None` for more or none.
+    #[must_use]
+    pub fn new(address: IoAddress, bytes: &[u8]) -> Option<Self> {
+        let mut data = [0; 8];
+        data.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        let len = u8::try_from(bytes.len()).ok().filter(|&len| len > 0)?;
+        Some(Self { address, len, data })
+    }
+
+    /// The bytes that were written.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        self.data.get(..self.len.into()).unwrap_or(&self.data)
+    }
+}
+
 /// An address a guest accesses: guest-physical, or an I/O port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum IoAddress {
@@ -196,6 +224,17 @@ mod tests {
         assert_eq!((slice.address(), slice.len()), (range.address() + 2, 6));
         assert!(range.slice(2, 7).is_none(), "the memory has it, the range has not");
         assert!(range.slice(1, usize::MAX).is_none());
+    }
+
+    #[test]
+    fn a_collected_write_has_as_many_bytes_as_were_written() {
+        let address = IoAddress::Pio(0x70);
+        let write = CoalescedWrite::new(address, &[1, 2]).unwrap();
+        assert_eq!((write.len, write.bytes()), (2, &[1, 2][..]));
+        assert_eq!(CoalescedWrite::new(address, &[7; 8]).unwrap().bytes(), [7; 8]);
+        assert!(CoalescedWrite::new(address, &[]).is_none());
+        assert!(CoalescedWrite::new(address, &[0; 9]).is_none());
+        assert_eq!(CoalescedWrite { len: 200, ..write }.bytes().len(), 8);
     }
 
     #[test]

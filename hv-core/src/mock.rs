@@ -2,6 +2,8 @@
 //!
 //! For tests that state calls, their order and their number. Behaviour like KVM's is not here.
 
+use std::sync::Arc;
+
 use kvm_bindings::{
     kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_irqchip,
     kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_config, kvm_pit_state2, kvm_regs,
@@ -9,9 +11,10 @@ use kvm_bindings::{
 };
 
 use crate::{
-    Capability, CoalescedZone, Error, EventFd, ExitReply, Gsi, Hypervisor, InterruptState, IoEvent,
-    IoEventBackend, IrqBackend, Irqfd, LineStatus, MemoryBackend, MemorySlot, Msi, MsiStatus,
-    MsrIndexList, Route, SlotId, Vcpu, VcpuExit, VcpuKick, Vm,
+    Capability, CoalescedWrite, CoalescedZone, DirtyRing, Error, EventFd, ExitReply, Gsi,
+    Hypervisor, InterruptState, IoEvent, IoEventBackend, IrqBackend, Irqfd, LineStatus,
+    MemoryBackend, MemorySlot, Msi, MsiStatus, MsrIndexList, Route, SlotId, Vcpu, VcpuExit,
+    VcpuKick, Vm,
 };
 
 mockall::mock! {
@@ -55,6 +58,7 @@ mockall::mock! {
         fn delete_memory_slot(&self, id: SlotId) -> Result<(), Error>;
         fn dirty_log(&self, id: SlotId, bitmap: &mut [u64]) -> Result<(), Error>;
         fn clear_dirty_log(&self, id: SlotId, first: u64, pages: u32, bitmap: &[u64]) -> Result<(), Error>;
+        fn reset_dirty_rings(&self) -> Result<u32, Error>;
         fn register_coalesced_zone(&self, zone: CoalescedZone) -> Result<(), Error>;
         fn unregister_coalesced_zone(&self, zone: CoalescedZone) -> Result<(), Error>;
     }
@@ -105,6 +109,9 @@ mockall::mock! {
         fn run(&mut self) -> Result<VcpuExit, Error>;
         fn io_data(&mut self) -> &mut [u8];
         fn reply(&mut self, reply: ExitReply);
+        fn dirty_ring(&self) -> Result<Arc<dyn DirtyRing>, Error>;
+        fn has_coalesced_write(&self) -> bool;
+        fn take_coalesced_write(&self) -> Result<Option<CoalescedWrite>, Error>;
         fn interrupt_state(&self) -> InterruptState;
         fn request_interrupt_window(&mut self, wanted: bool);
         fn interrupt(&self, vector: u8) -> Result<(), Error>;

@@ -2,12 +2,14 @@
 //!
 //! Register groups are KVM's own structures; every group is one ioctl.
 
+use std::sync::Arc;
+
 use kvm_bindings::{
     kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_sregs, kvm_translation, kvm_vcpu_events, kvm_xcrs,
 };
 
-use crate::{Error, ExitReply, VcpuExit};
+use crate::{CoalescedWrite, DirtyRing, Error, ExitReply, VcpuExit};
 
 /// Stops a vCPU from another thread.
 pub trait VcpuKick: Send + Sync {
@@ -57,6 +59,33 @@ pub trait Vcpu: Send {
 
     /// Answers the last exit, for those that ask.
     fn reply(&mut self, reply: ExitReply);
+
+    /// Its dirty ring (`mmap(2)` of its descriptor at `KVM_DIRTY_LOG_PAGE_OFFSET`), as large as it
+    /// was enabled: `KVM_CAP_DIRTY_LOG_RING` or `_ACQ_REL` by
+    /// [`Vm::enable_cap`](crate::Vm::enable_cap) with its bytes in `args[0]`, before the first vCPU.
+    /// Every call gives the same entries.
+    ///
+    /// KVM reports each page of a slot that logs when this vCPU first writes to it, and at least once
+    /// until it is reset; a ring with little room left ends runs with [`VcpuExit::DirtyRingFull`].
+    ///
+    /// # Errors
+    /// `EINVAL` without dirty rings, else those of `mmap(2)`.
+    fn dirty_ring(&self) -> Result<Arc<dyn DirtyRing>, Error>;
+
+    /// Whether the VM's ring of collected writes is not empty. No system call and no lock: made to be
+    /// asked after every run, before its exit is handled.
+    ///
+    /// What this vCPU wrote before an exit is in the ring when the run ends. That it is empty says
+    /// only that all was taken, not that whoever took it has handled it.
+    fn has_coalesced_write(&self) -> bool;
+
+    /// Takes the next write that the coalesced zones of the VM have collected, of any vCPU, in the
+    /// order in which they were made. Several vCPUs may do this at the same time, and each write is
+    /// taken once; who handles them keeps the order.
+    ///
+    /// # Errors
+    /// `EIO` if the ring holds what KVM never writes; nothing is taken then.
+    fn take_coalesced_write(&self) -> Result<Option<CoalescedWrite>, Error>;
 
     /// What `kvm_run` says about interrupts.
     fn interrupt_state(&self) -> InterruptState;

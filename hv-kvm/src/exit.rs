@@ -251,8 +251,9 @@ mod tests {
             page.fake_exit(k::KVM_EXIT_IO, |p| p.io = io);
             io_data(page.payload()).filter(|range| page.bytes(range.clone()).is_some())
         };
-        assert_eq!(io(1, LEN as u64 - 4), Some(LEN - 4..LEN));
-        assert_eq!(io(1, LEN as u64 - 3), None);
+        assert_eq!(io(1, 8192 - 4), Some(8188..8192));
+        assert_eq!(io(1, 8192 - 3), None, "what vCPUs share");
+        assert_eq!(io(1, LEN as u64 - 4), None);
         assert_eq!(io(1, 0), None, "the structure itself, which holds immediate_exit");
         assert_eq!(io(u32::MAX, 4096), None);
         assert_eq!(io(1, u64::MAX), None);

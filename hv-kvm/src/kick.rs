@@ -74,12 +74,17 @@ pub(crate) struct Kickable {
     running: AtomicI32,
     /// The mapping behind `exit` keeps the VM alive in the kernel, so what the VM needs must not go
     /// before it: fields are dropped in this order.
-    _vm: Arc<VmInner>,
+    vm: Arc<VmInner>,
 }
 
 impl Kickable {
     pub(crate) fn new(id: u32, exit: ImmediateExit, vm: Arc<VmInner>) -> Arc<Self> {
-        Arc::new(Self { id, exit, running: AtomicI32::new(0), _vm: vm })
+        Arc::new(Self { id, exit, running: AtomicI32::new(0), vm })
+    }
+
+    /// The VM.
+    pub(crate) fn vm(&self) -> &Arc<VmInner> {
+        &self.vm
     }
 
     pub(crate) fn kicker(self: &Arc<Self>) -> KvmKick {

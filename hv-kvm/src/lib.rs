@@ -3,6 +3,8 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("hv-kvm is for KVM on 64-bit x86 Linux");
 
+mod coalesced;
+mod dirty_ring;
 mod exit;
 mod irq;
 mod kick;

@@ -11,8 +11,8 @@ use std::ptr;
 use std::sync::{MutexGuard, PoisonError};
 
 use hv_core::{
-    CoalescedZone, Context, Errno, Error, HostRange, IoAddress, Ioctl, MemoryBackend, MemorySlot,
-    SlotFlags, SlotId,
+    Capability, CoalescedZone, Context, Errno, Error, HostRange, IoAddress, Ioctl, MemoryBackend,
+    MemorySlot, SlotFlags, SlotId,
 };
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::IoEventAddress;
@@ -119,7 +119,14 @@ impl MemoryBackend for KvmVm {
             .map_err(|errno| Error::new(Ioctl::ClearDirtyLog, errno).about(Context::SlotId(id)))
     }
 
+    fn reset_dirty_rings(&self) -> Result<u32, Error> {
+        raw::reset_dirty_rings(self.fd()).map_err(|errno| Error::new(Ioctl::ResetDirtyRings, errno))
+    }
+
     fn register_coalesced_zone(&self, zone: CoalescedZone) -> Result<(), Error> {
+        // From now on there may be writes to take.
+        let cap = Capability::CoalescedMmio.number().into();
+        self.inner.coalesced.find(|| self.fd().check_extension_raw(cap));
         self.fd()
             .register_coalesced_mmio(io_address(zone.address), zone.size)
             .map_err(|error| zone_error(Ioctl::RegisterCoalescedMmio, zone, error))

@@ -42,6 +42,7 @@ ioctl_iow_nr!(KVM_SET_MSRS, KVMIO, 0x89, kvm_msrs);
 ioctl_iow_nr!(KVM_SET_CPUID2, KVMIO, 0x90, kvm_cpuid2);
 ioctl_iowr_nr!(KVM_GET_CPUID2, KVMIO, 0x91, kvm_cpuid2);
 ioctl_io_nr!(KVM_GET_TSC_KHZ, KVMIO, 0xa3);
+ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 
 /// The errno of the system call that just failed on this thread.
@@ -276,6 +277,12 @@ pub(crate) fn clear_dirty_log(
     // whole words, which the bitmap has.
     checked(unsafe { ioctl_with_mut_ref(vm, KVM_CLEAR_DIRTY_LOG(), &mut argument) })?;
     Ok(())
+}
+
+/// `KVM_RESET_DIRTY_RINGS`: how many entries.
+pub(crate) fn reset_dirty_rings(vm: &VmFd) -> Result<u32, Errno> {
+    // SAFETY: the call takes no argument.
+    checked(unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) }).map(i32::unsigned_abs)
 }
 
 // ---- vCPU --------------------------------------------------------------------------------------

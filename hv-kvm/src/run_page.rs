@@ -14,9 +14,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use hv_core::{Errno, InterruptState};
-use kvm_bindings::{kvm_run, kvm_run__bindgen_ty_1};
+use kvm_bindings::{KVM_COALESCED_MMIO_PAGE_OFFSET, kvm_run, kvm_run__bindgen_ty_1};
 
+use crate::coalesced;
 use crate::raw::last_errno;
+
+/// Bytes of a page.
+const PAGE: usize = 4096;
+
+/// The pages of the mapping from this one on belong to the VM, not the vCPU.
+const SHARED_PAGE: usize = KVM_COALESCED_MMIO_PAGE_OFFSET as usize;
 
 /// The part of `kvm_run` whose meaning depends on the exit reason.
 pub(crate) type Payload = kvm_run__bindgen_ty_1;
@@ -159,16 +166,34 @@ impl RunPage {
     /// The bytes of the mapping behind the structure, where KVM puts the data of port I/O; `None`
     /// for a range that is not entirely there.
     pub(crate) fn bytes(&mut self, range: Range<usize>) -> Option<&mut [u8]> {
-        if range.start < size_of::<kvm_run>() || range.end > self.0.len {
+        let end = self.0.len.min(SHARED_PAGE * PAGE);
+        if range.start < size_of::<kvm_run>() || range.end > end {
             return None;
         }
         let len = range.end.checked_sub(range.start)?;
         // SAFETY: `range.start` is within the mapping, as it is at most `range.end`.
         let start = unsafe { self.0.start.cast::<u8>().add(range.start) };
         // SAFETY: the bytes are inside the mapping and behind the structure, hence disjoint from
-        // the byte `ImmediateExit` reaches; `self` is borrowed exclusively, and KVM writes only
-        // inside KVM_RUN, which needs that borrow too.
+        // the byte `ImmediateExit` reaches, and before the pages that vCPUs share; `self` is borrowed
+        // exclusively, and KVM writes them only inside KVM_RUN, which needs that borrow too.
         Some(unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), len) })
+    }
+
+    /// The ring of collected writes, which is the VM's: page `page` of the mapping
+    /// (`KVM_CAP_COALESCED_MMIO`). `None` if the mapping has no such page for it.
+    pub(crate) fn coalesced_ring(&self, page: usize) -> Option<&coalesced::Ring> {
+        const { assert!(size_of::<coalesced::Ring>() <= PAGE) };
+        let start = page.checked_mul(PAGE)?;
+        let inside = start.checked_add(PAGE)? <= self.0.len;
+        if page < SHARED_PAGE || !inside {
+            return None;
+        }
+        // SAFETY: `start` is inside the mapping.
+        let ring = unsafe { self.0.start.cast::<u8>().add(start) };
+        // SAFETY: the page is inside the mapping, which is page-aligned and lives as long as `self`;
+        // the ring fits into it. It is all atomics, of which every bit pattern is a value, so it may be
+        // written by KVM and through the mappings of other vCPUs; `bytes` ends before it.
+        Some(unsafe { ring.cast::<coalesced::Ring>().as_ref() })
     }
 
     /// Puts an exit there, as KVM would.
@@ -202,11 +227,21 @@ mod tests {
     fn only_bytes_behind_the_structure_and_inside_the_mapping_are_given() {
         let (mut page, _) = without_vcpu(LEN).unwrap();
         assert_eq!(page.bytes(4096..8192).map(|b| b.len()), Some(4096));
-        assert_eq!(page.bytes(LEN..LEN).map(|b| b.len()), Some(0));
+        assert_eq!(page.bytes(8192..8192).map(|b| b.len()), Some(0));
+        assert!(page.bytes(8192..8193).is_none(), "what vCPUs share");
         assert!(page.bytes(0..8).is_none(), "the structure itself");
         assert!(page.bytes(LEN - 4..LEN + 4).is_none(), "past the end");
-        let (late, early) = (8192, 4096);
+        let (late, early) = (6000, 4096);
         assert!(page.bytes(late..early).is_none(), "backwards");
+    }
+
+    #[test]
+    fn the_ring_of_collected_writes_is_inside_the_mapping_and_behind_the_data() {
+        let (page, _) = without_vcpu(LEN).unwrap();
+        assert!(page.coalesced_ring(2).is_some_and(|ring| ring.is_empty()));
+        for page_index in [0, 1, 3, usize::MAX / PAGE, usize::MAX] {
+            assert!(page.coalesced_ring(page_index).is_none(), "{page_index}");
+        }
     }
 
     #[test]

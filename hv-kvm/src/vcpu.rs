@@ -3,7 +3,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use hv_core::{Context, Errno, Error, ExitReply, InterruptState, Ioctl, Vcpu, VcpuExit};
+use hv_core::{
+    Call, CoalescedWrite, Context, DirtyRing, Errno, Error, ExitReply, InterruptState, Ioctl, Vcpu,
+    VcpuExit,
+};
 use kvm_bindings::{
     KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_MEMORY_FAULT, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu,
     kvm_guest_debug, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
@@ -11,6 +14,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
+use crate::dirty_ring::KvmDirtyRing;
 use crate::exit::{self, Owed};
 use crate::kick::Kickable;
 use crate::run_page::{ImmediateExit, RunPage};
@@ -123,6 +127,24 @@ impl Vcpu for KvmVcpu {
     /// Answers the last exit. A reply of a kind it does not ask for is ignored.
     fn reply(&mut self, reply: ExitReply) {
         exit::answer(self.page.payload_mut(), self.owed, reply);
+    }
+
+    fn dirty_ring(&self) -> Result<Arc<dyn DirtyRing>, Error> {
+        let failed = |errno| Error::new(Call::MmapDirtyRing, errno).about(Context::Vcpu(self.id));
+        let vm = self.shared.vm();
+        let bytes = *vm.dirty_ring.get().ok_or(Errno::EINVAL).map_err(failed)?;
+        Ok(Arc::new(KvmDirtyRing::map(&self.fd, bytes, vm).map_err(failed)?))
+    }
+
+    #[inline]
+    fn has_coalesced_write(&self) -> bool {
+        let ring = self.shared.vm().coalesced.ring(&self.page);
+        ring.is_some_and(|ring| !ring.is_empty())
+    }
+
+    fn take_coalesced_write(&self) -> Result<Option<CoalescedWrite>, Error> {
+        let taken = self.shared.vm().coalesced.take(&self.page);
+        taken.map_err(|errno| Error::new(Call::CoalescedRing, errno).about(Context::Vcpu(self.id)))
     }
 
     fn interrupt_state(&self) -> InterruptState {

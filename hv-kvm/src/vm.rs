@@ -1,12 +1,13 @@
 //! The VM descriptor, and what must live as long as the VM does in the kernel.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use hv_core::{Call, Capability, Context, Error, Ioctl, Vm};
 use kvm_bindings::{kvm_clock_data, kvm_enable_cap, kvm_irqchip, kvm_pit_config, kvm_pit_state2};
 use kvm_ioctls::VmFd;
 
+use crate::coalesced::Coalesced;
 use crate::memory::Slots;
 use crate::{KvmVcpu, raw, run_page};
 
@@ -27,11 +28,21 @@ pub(crate) struct VmInner {
     /// before the memory may go.
     pub(crate) fd: VmFd,
     pub(crate) slots: Mutex<Slots>,
+    /// Bytes of the dirty ring of each vCPU, once rings are enabled.
+    pub(crate) dirty_ring: OnceLock<u32>,
+    pub(crate) coalesced: Coalesced,
 }
 
 impl KvmVm {
     pub(crate) fn new(fd: VmFd) -> Self {
-        Self { inner: Arc::new(VmInner { fd, slots: Mutex::default() }) }
+        Self {
+            inner: Arc::new(VmInner {
+                fd,
+                slots: Mutex::default(),
+                dirty_ring: OnceLock::new(),
+                coalesced: Coalesced::default(),
+            }),
+        }
     }
 
     pub(crate) fn fd(&self) -> &VmFd {
@@ -66,7 +77,13 @@ impl Vm for KvmVm {
         self.fd()
             .enable_cap(&argument)
             .map_err(failed(Ioctl::EnableCap))
-            .map_err(|error| error.about(Context::Capability(cap)))
+            .map_err(|error| error.about(Context::Capability(cap)))?;
+        if matches!(cap, Capability::DirtyLogRing | Capability::DirtyLogRingAcqRel) {
+            // KVM has looked at 32 bits of it, and takes a size only once.
+            let [bytes, ..] = args;
+            self.inner.dirty_ring.get_or_init(|| bytes as u32);
+        }
+        Ok(())
     }
 
     fn set_identity_map_addr(&self, address: u64) -> Result<(), Error> {

@@ -106,6 +106,10 @@ impl MemoryBackend for RuleVm {
         Err(Error::new(Ioctl::ClearDirtyLog, Errno::ENOENT))
     }
 
+    fn reset_dirty_rings(&self) -> Result<u32, Error> {
+        Err(Error::new(Ioctl::ResetDirtyRings, Errno::EINVAL))
+    }
+
     fn register_coalesced_zone(&self, _: CoalescedZone) -> Result<(), Error> {
         Ok(())
     }

@@ -2,12 +2,13 @@
 //! functions of the vCPU's own, and the trait calls them; the rest is refused.
 
 use std::hint::black_box;
+use std::sync::Arc;
 
 use hv_core::{
-    Capability, CoalescedZone, Errno, Error, EventFd, ExitReply, Gsi, Hypervisor, InterruptState,
-    IoDirection, IoEvent, IoEventBackend, IoExit, Ioctl, IrqBackend, Irqfd, LineStatus,
-    MemoryBackend, MemorySlot, MmioExit, Msi, MsiStatus, MsrIndexList, Route, SlotId, Vcpu,
-    VcpuExit, VcpuKick, Vm,
+    Capability, CoalescedWrite, CoalescedZone, DirtyRing, Errno, Error, EventFd, ExitReply, Gsi,
+    Hypervisor, InterruptState, IoDirection, IoEvent, IoEventBackend, IoExit, Ioctl, IrqBackend,
+    Irqfd, LineStatus, MemoryBackend, MemorySlot, MmioExit, Msi, MsiStatus, MsrIndexList, Route,
+    SlotId, Vcpu, VcpuExit, VcpuKick, Vm,
 };
 use kvm_bindings::{
     kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_irqchip,
@@ -142,7 +143,13 @@ impl Vcpu for StubVcpu {
 
     fn request_interrupt_window(&mut self, _wanted: bool) {}
 
+    fn has_coalesced_write(&self) -> bool {
+        false
+    }
+
     refused! {
+        fn dirty_ring() -> Arc<dyn DirtyRing>;
+        fn take_coalesced_write() -> Option<CoalescedWrite>;
         fn interrupt(u8) -> ();
         fn nmi() -> ();
         fn regs() -> kvm_regs;
@@ -234,6 +241,7 @@ impl MemoryBackend for StubVm {
     refused! {
         fn set_memory_slot(&MemorySlot) -> ();
         fn delete_memory_slot(SlotId) -> ();
+        fn reset_dirty_rings() -> u32;
         fn dirty_log(SlotId, &mut [u64]) -> ();
         fn clear_dirty_log(SlotId, u64, u32, &[u64]) -> ();
         fn register_coalesced_zone(CoalescedZone) -> ();

@@ -61,7 +61,7 @@ impl MemoryBackend for FakeVm {
     fn delete_memory_slot(&self, id: SlotId) -> Result<(), Error> {
         let about = Context::Slot { slot: id, guest: 0, size: 0 };
         let old = self.call(Ioctl::SetUserMemoryRegion, about, |state| {
-            let pages = state.memory.dirty_pages(id);
+            let pages = state.memory.lost_pages(id);
             let old = state.memory.delete(id)?;
             if pages > 0 {
                 state.findings.push(Finding::LostDirtyPages { slot: id, pages });
@@ -88,6 +88,10 @@ impl MemoryBackend for FakeVm {
         self.call(Ioctl::ClearDirtyLog, Context::SlotId(id), |state| {
             state.memory.clear_dirty_log(id, first, pages, bitmap)
         })
+    }
+
+    fn reset_dirty_rings(&self) -> Result<u32, Error> {
+        self.call(Ioctl::ResetDirtyRings, Context::None, |state| state.memory.reset_dirty_rings())
     }
 
     fn register_coalesced_zone(&self, zone: CoalescedZone) -> Result<(), Error> {

@@ -80,7 +80,7 @@ impl State {
     fn write_page(&mut self, id: u32, gpa: u64, data: &[u8]) -> Piece<Wrote> {
         let page = data.get(..in_page(gpa, data.len())).unwrap_or_default();
         let local_apic = is_local_apic(gpa) && self.has_irqchip();
-        if !local_apic && self.memory.write(gpa, page) == memory::Wrote::Memory {
+        if !local_apic && self.memory.write(id, gpa, page) == memory::Wrote::Memory {
             return Piece { len: page.len(), unit: page.len(), result: Wrote::Memory };
         }
         let data = page.get(..page.len().min(8)).unwrap_or_default();

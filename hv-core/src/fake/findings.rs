@@ -98,13 +98,24 @@ pub enum Finding {
     /// A coalesced zone was unregistered, and none was there.
     VainUnregister(CoalescedZone),
     /// A slot was deleted or ceased to log, or its VM went, while pages of it were dirty that nobody
-    /// had asked for: their bits are lost.
+    /// had asked for: their bits are lost. With dirty rings: it was deleted, or its VM went, while
+    /// entries named pages of it that nobody had collected. They stay, and name the next slot of that
+    /// number, if anything.
     LostDirtyPages {
         /// The slot.
         slot: SlotId,
         /// How many pages.
         pages: u64,
     },
+    /// The VM went, and nobody had taken these writes from the ring of its coalesced zones.
+    LostCollectedWrites {
+        /// How many.
+        writes: usize,
+    },
+    /// Dirty rings were enabled with `KVM_DIRTY_LOG_INITIALLY_SET` of manual protection, or the
+    /// reverse: pages the guest could write when their slot began to log are in no ring when they
+    /// are written.
+    RingAndInitiallySet,
     /// The VM went, and this was still there.
     Left(Leftover),
 }
@@ -136,6 +147,12 @@ impl fmt::Display for Finding {
             Finding::LostDirtyPages { slot, pages } => {
                 write!(f, "{pages} dirty pages of slot {slot} were lost")
             }
+            Finding::LostCollectedWrites { writes } => {
+                write!(f, "{writes} writes that coalesced zones had collected were lost")
+            }
+            Finding::RingAndInitiallySet => {
+                f.write_str("dirty rings miss pages with KVM_DIRTY_LOG_INITIALLY_SET")
+            }
             Finding::Left(Leftover::Slot(slot)) => write!(f, "slot {slot} was left in the VM"),
             Finding::Left(Leftover::Irqfd(gsi)) => {
                 write!(f, "the irqfd on GSI {gsi} was left in the VM")
@@ -166,6 +183,8 @@ mod tests {
             (Finding::DuplicateZone(zone), "0xa0000"),
             (Finding::VainUnregister(zone), "0xa0000"),
             (Finding::LostDirtyPages { slot: SlotId(3), pages: 9 }, "slot 3"),
+            (Finding::LostCollectedWrites { writes: 7 }, "7 writes"),
+            (Finding::RingAndInitiallySet, "INITIALLY_SET"),
             (Finding::Left(Leftover::Slot(SlotId(4))), "slot 4"),
             (Finding::Left(Leftover::Irqfd(Gsi(8))), "GSI 8"),
             (Finding::Left(Leftover::IoEvent(IoAddress::Pio(0x70))), "0x70"),

@@ -4,8 +4,8 @@
 //! overlapping slots, a wrong order of creation, irqfds on GSIs that don't exist. It delivers: a
 //! signalled irqfd, a line or a message goes through the routing table, the I/O APIC, the 8259 pair and
 //! the local APICs to a log of each vCPU; is lost where KVM loses it, and kept where KVM keeps it.
-//! eventfds are real ones. What a guest writes reaches memory, dirty bits, ioeventfds and coalesced
-//! zones, or comes out as an exit.
+//! eventfds are real ones. What a guest writes reaches memory, dirty bits or rings, ioeventfds and
+//! coalesced zones, or comes out as an exit.
 //!
 //! - What the host is like is said by a [`FakeHost`]: capabilities (on either descriptor), limits.
 //! - What the guest does is said by [`GuestStep`]s, which a vCPU works off when it is run, or by the
@@ -38,10 +38,10 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! What it does not do: run code, tick (timers, clocks and the PIT stand still), x2APIC mode, system
-//! management mode, and the contents of dirty rings. A descriptor of an eventfd that was duplicated
-//! other than by cloning its [`EventFd`](crate::EventFd) does not keep an irqfd. Every call settles first: signals that were made
-//! before it count before it.
+//! What it does not do: run code, tick (timers, clocks and the PIT stand still), x2APIC mode, and
+//! system management mode. A descriptor of an eventfd that was duplicated other than by cloning its
+//! [`EventFd`](crate::EventFd) does not keep an irqfd. Every call settles first: signals that were
+//! made before it count before it.
 
 mod backends;
 mod bus;

@@ -130,7 +130,7 @@ mod tests {
         let (id, guest, flags) = (SlotId(0), GuestAddress(0), SlotFlags::default());
         memory.set(&MemorySlot { id, guest, host, flags }).unwrap();
         for (address, entry) in entries {
-            memory.write(*address, entry);
+            memory.write(0, *address, entry);
         }
         memory
     }

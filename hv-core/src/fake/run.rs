@@ -48,6 +48,9 @@ impl State {
                 return Next::Wait;
             }
         }
+        if self.memory.ring_is_full(id) {
+            return VcpuExit::DirtyRingFull.into();
+        }
         let flag = vcpu.registers.regs.rflags & INTERRUPT_FLAG != 0;
         if window && !pic && flag && vcpu.injected.is_none() {
             return VcpuExit::IrqWindowOpen.into();

@@ -267,6 +267,10 @@ impl State {
         let lost = self.memory.dirty_slots();
         let lost = lost.map(|(slot, pages)| Finding::LostDirtyPages { slot, pages });
         self.findings.extend(lost);
+        match self.io.collected().len() {
+            0 => {}
+            writes => self.findings.push(Finding::LostCollectedWrites { writes }),
+        }
         let mut left = Vec::new();
         let slots: Vec<_> = self.memory.slots().map(|slot| slot.id).collect();
         left.extend(slots.iter().map(|&id| Leftover::Slot(id)));

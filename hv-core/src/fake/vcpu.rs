@@ -16,8 +16,8 @@ use super::run::Next;
 use super::state::{self, State};
 use super::vm::Handle;
 use crate::{
-    Capability, Context, Errno, Error, ExitReply, InterruptState, IoAddress, IoDirection, IoExit,
-    Ioctl, MmioExit, Vcpu, VcpuExit,
+    Call, Capability, CoalescedWrite, Context, DirtyGfn, DirtyRing, Errno, Error, ExitReply,
+    InterruptState, IoAddress, IoDirection, IoExit, Ioctl, MmioExit, Vcpu, VcpuExit,
 };
 
 /// `X86_EFLAGS_IF`.
@@ -39,6 +39,19 @@ pub struct FakeVcpu {
     owed: Option<Owed>,
     window: bool,
     interrupts: InterruptState,
+}
+
+/// The dirty ring of a vCPU, which keeps the VM as the mapping of KVM's does.
+#[derive(Debug)]
+struct FakeDirtyRing {
+    entries: Arc<[DirtyGfn]>,
+    _vm: Arc<Handle>,
+}
+
+impl DirtyRing for FakeDirtyRing {
+    fn entries(&self) -> &[DirtyGfn] {
+        &self.entries
+    }
 }
 
 /// What the last exit waits for.
@@ -79,6 +92,7 @@ impl FakeVcpu {
         let script = host.guests.get(&id).cloned().unwrap_or_default();
         state.vcpus.insert(id, state::Vcpu::new(registers, script, kick.clone()));
         state.irq.add_vcpu(id);
+        state.memory.add_ring(id);
         state.vcpu_handles += 1;
         Ok(Self {
             id,
@@ -94,16 +108,17 @@ impl FakeVcpu {
     /// Counts a call, asks whether this host's KVM has it at all, and makes it.
     fn call<R>(
         &self,
-        ioctl: Ioctl,
+        call: impl Into<Call>,
         f: impl FnOnce(&mut State, u32) -> Result<R, Errno>,
     ) -> Result<R, Error> {
+        let call = call.into();
         let system = &self.vm.shared.system;
-        system.count(ioctl);
-        let result = match needs(ioctl).is_none_or(|cap| system.host.has(cap)) {
+        system.count(call);
+        let result = match needs(call).is_none_or(|cap| system.host.has(cap)) {
             true => self.vm.shared.with(|state| f(state, self.id)),
             false => Err(Errno::ENOTTY),
         };
-        result.map_err(|errno| Error::new(ioctl, errno).about(Context::Vcpu(self.id)))
+        result.map_err(|errno| Error::new(call, errno).about(Context::Vcpu(self.id)))
     }
 
     /// The same for a call about registers.
@@ -153,8 +168,9 @@ fn vcpu(state: &mut State, id: u32) -> Result<&mut state::Vcpu, Errno> {
 }
 
 /// The capability that says whether KVM has an ioctl of a vCPU.
-fn needs(ioctl: Ioctl) -> Option<Capability> {
+fn needs(call: Call) -> Option<Capability> {
     use {Capability as C, Ioctl as I};
+    let Call::Ioctl(ioctl) = call else { return None };
     Some(match ioctl {
         I::GetXcrs | I::SetXcrs => C::Xcrs,
         I::GetDebugregs | I::SetDebugregs => C::DebugRegs,
@@ -231,6 +247,23 @@ impl Vcpu for FakeVcpu {
             }
             _ => {}
         }
+    }
+
+    fn dirty_ring(&self) -> Result<Arc<dyn DirtyRing>, Error> {
+        self.call(Call::MmapDirtyRing, |state, id| {
+            let entries = state.memory.ring(id).ok_or(Errno::EINVAL)?;
+            let ring: Arc<dyn DirtyRing> =
+                Arc::new(FakeDirtyRing { entries, _vm: self.vm.clone() });
+            Ok(ring)
+        })
+    }
+
+    fn has_coalesced_write(&self) -> bool {
+        self.vm.shared.with(|state| state.io.has_collected())
+    }
+
+    fn take_coalesced_write(&self) -> Result<Option<CoalescedWrite>, Error> {
+        Ok(self.vm.shared.with(|state| state.io.take_collected()))
     }
 
     fn interrupt_state(&self) -> InterruptState {

@@ -8,7 +8,7 @@ use super::guest::{GuestStep, Seen};
 use super::irq::{Interrupt, Kind};
 use super::run::after;
 use super::state::Shared;
-use crate::{CoalescedZone, IoAddress, IoEvent, Irqfd, MemorySlot, Route};
+use crate::{CoalescedWrite, CoalescedZone, IoAddress, IoEvent, Irqfd, MemorySlot, Route};
 
 /// A look into a VM. Clones look into the same one; none keeps it.
 ///
@@ -134,6 +134,9 @@ impl VmView {
         self.0.with(|state| {
             let (mut address, mut rest, mut worst) = (address, data, Wrote::Memory);
             while !rest.is_empty() {
+                if state.memory.ring_is_full(0) {
+                    return Wrote::Exit;
+                }
                 let Piece { len, result, .. } = state.write(0, address, rest);
                 worst = worst.max(result);
                 rest = rest.get(len.max(1)..).unwrap_or_default();
@@ -169,14 +172,11 @@ impl VmView {
         })
     }
 
-    /// What coalesced zones collected, in order: address and data. It empties the ring, as a VMM
-    /// does.
+    /// What coalesced zones have collected and nobody has taken
+    /// ([`Vcpu::take_coalesced_write`](crate::Vcpu::take_coalesced_write)), in order.
     #[must_use]
-    pub fn take_collected(&self) -> Vec<(IoAddress, Vec<u8>)> {
-        self.0.with(|state| {
-            let all = state.io.take_collected();
-            all.into_iter().map(|write| (write.address, write.data)).collect()
-        })
+    pub fn collected(&self) -> Vec<CoalescedWrite> {
+        self.0.with(|state| state.io.collected().copied().collect())
     }
 
     /// Adds to what a vCPU does when it is run. Nothing for a vCPU that does not exist.

@@ -10,7 +10,7 @@ use kvm_bindings::{
 
 use super::irq::DirectedEoi;
 use super::state::{Shared, State};
-use super::{FakeVcpu, VmView};
+use super::{FakeVcpu, Finding, VmView};
 use crate::{Capability, Context, Errno, Error, EventFd, IoAddress, Ioctl, Vm};
 
 /// `KVM_MIN_ALLOC_MMU_PAGES`.
@@ -70,7 +70,12 @@ impl FakeVm {
     ) -> Result<R, Error> {
         let system = &self.shared().system;
         system.count(ioctl);
-        let known = needs(ioctl).is_none_or(|cap| system.host.has(cap));
+        let known = match ioctl {
+            Ioctl::ResetDirtyRings => {
+                self.has(Capability::DirtyLogRing) || self.has(Capability::DirtyLogRingAcqRel)
+            }
+            _ => needs(ioctl).is_none_or(|cap| self.has(cap)),
+        };
         let result = self.shared().with(|state| if known { f(state) } else { Err(Errno::ENOTTY) });
         result.map_err(|errno| Error::new(ioctl, errno).about(about))
     }
@@ -214,7 +219,8 @@ impl Vm for FakeVm {
             if !host.has(cap) {
                 return Err(Errno::EINVAL);
             }
-            match cap {
+            let misses = state.memory.rings_miss_pages();
+            let done = match cap {
                 C::SplitIrqchip => state.create_split(first),
                 C::ManualDirtyLogProtect2 => state.memory.enable_manual_protect(first),
                 C::DirtyLogRing | C::DirtyLogRingAcqRel => {
@@ -227,7 +233,11 @@ impl Vm for FakeVm {
                 }
                 C::MaxVcpuId => state.enable_max_vcpu_id(first, host.count(cap)),
                 _ => Err(Errno::EINVAL),
+            };
+            if !misses && state.memory.rings_miss_pages() {
+                state.findings.push(Finding::RingAndInitiallySet);
             }
+            done
         })
     }
 

@@ -4,6 +4,8 @@
 //! be read back is `Told`: exactly what was written, bit for bit. A VM, a vCPU and an eventfd
 //! can't be read back; whoever replays makes its own.
 
+use std::sync::Arc;
+
 use kvm_bindings::{
     kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_irqchip, kvm_lapic_state,
     kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_translation,
@@ -17,10 +19,13 @@ use super::Names;
 use super::json::{
     Bytes, ClockForm, CpuidForm, DebugregsForm, DirtyForm, ErrorForm, EventsForm, ExitForm, Form,
     FpuForm, InterruptsForm, IrqchipForm, LapicForm, LineStatusForm, MpStateForm, MsiStatusForm,
-    MsrForm, MsrIndexForm, OwnedBytes, PitForm, RegsForm, SregsForm, TranslationForm, XcrsForm,
-    is_zero,
+    MsrForm, MsrIndexForm, OwnedBytes, PitForm, RegsForm, SregsForm, TranslationForm, WriteForm,
+    XcrsForm, is_zero,
 };
-use crate::{Error, EventFd, InterruptState, LineStatus, MsiStatus, MsrIndexList, VcpuExit};
+use crate::{
+    CoalescedWrite, DirtyRing, Error, EventFd, InterruptState, LineStatus, MsiStatus, MsrIndexList,
+    VcpuExit,
+};
 
 /// What a call of the traits can return.
 pub trait Answer {
@@ -138,6 +143,30 @@ impl<V> Answer for NewVcpu<V> {
     /// `null`: its id is an argument of the call.
     fn write<S: Serializer>(&self, _: &Names, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_unit()
+    }
+}
+
+/// A dirty ring that was just mapped.
+#[derive(Debug, Clone)]
+pub struct NewDirtyRing(pub Arc<dyn DirtyRing>);
+
+impl Answer for NewDirtyRing {
+    /// How many entries it has. What is in them is memory, like the guest's.
+    fn write<S: Serializer>(&self, _: &Names, to: S) -> Result<S::Ok, S::Error> {
+        self.0.entries().len().serialize(to)
+    }
+}
+
+impl Answer for Option<CoalescedWrite> {
+    fn write<S: Serializer>(&self, _: &Names, to: S) -> Result<S::Ok, S::Error> {
+        self.as_ref().map(WriteForm::of).serialize(to)
+    }
+}
+
+impl Told for Option<CoalescedWrite> {
+    fn from_json(value: Value) -> Result<Self, serde_json::Error> {
+        let form = Option::<WriteForm>::deserialize(value)?;
+        form.map(WriteForm::value).transpose()
     }
 }
 

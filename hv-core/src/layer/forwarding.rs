@@ -9,10 +9,11 @@ use vm_memory::GuestAddress;
 use super::{Answer, Interceptor, Names, Object, Request};
 use crate::mock::{MockHypervisor, MockVcpu, MockVcpuKick, MockVm};
 use crate::{
-    Capability, CoalescedZone, Error, EventFd, ExitReply, Gsi, HostMemory, HostRange, Hypervisor,
-    InterruptState, IoAddress, IoDirection, IoEvent, IoEventBackend, IoExit, IrqBackend, IrqchipId,
-    Irqfd, LineStatus, MemoryBackend, MemorySlot, Msi, MsiStatus, MsrIndexList, Route, RouteTarget,
-    SlotFlags, SlotId, Vcpu, VcpuExit, VcpuKick, Vm,
+    Capability, CoalescedWrite, CoalescedZone, DirtyGfn, DirtyRing, Error, EventFd, ExitReply, Gsi,
+    HostMemory, HostRange, Hypervisor, InterruptState, IoAddress, IoDirection, IoEvent,
+    IoEventBackend, IoExit, IrqBackend, IrqchipId, Irqfd, LineStatus, MemoryBackend, MemorySlot,
+    Msi, MsiStatus, MsrIndexList, Route, RouteTarget, SlotFlags, SlotId, Vcpu, VcpuExit, VcpuKick,
+    Vm,
 };
 
 /// Writes down what passes, and makes the call.
@@ -274,6 +275,7 @@ fn memory() {
     vm.expect_clear_dirty_log()
         .withf(|id, first, pages, bitmap| (id.0, *first, *pages, bitmap) == (1, 64, 128, &[0, 3]))
         .return_const(Ok(()));
+    vm.expect_reset_dirty_rings().return_const(Ok(7u32));
     vm.expect_register_coalesced_zone().return_const(Ok(()));
     vm.expect_unregister_coalesced_zone().return_const(Ok(()));
     let log = Log::default();
@@ -288,6 +290,7 @@ fn memory() {
     vm.dirty_log(SlotId(1), &mut bitmap).unwrap();
     assert_eq!(bitmap, [0, 0x8000]);
     vm.clear_dirty_log(SlotId(1), 64, 128, &[0, 3]).unwrap();
+    assert_eq!(vm.reset_dirty_rings(), Ok(7));
     let zone = CoalescedZone { address: IoAddress::Mmio(0xa_0000), size: 0x100 };
     vm.register_coalesced_zone(zone).unwrap();
     vm.unregister_coalesced_zone(CoalescedZone { address: IoAddress::Pio(8), ..zone }).unwrap();
@@ -305,6 +308,7 @@ fn memory() {
             r#"vm0 KVM_CLEAR_DIRTY_LOG {"slot":1,"first":64,"pages":128,"#,
             r#""bitmap":{"words":2,"dirty":[[1,"0x3"]]}} -> null"#,
         ),
+        r#"vm0 KVM_RESET_DIRTY_RINGS {} -> 7"#,
         r#"vm0 KVM_REGISTER_COALESCED_MMIO {"mmio":"0xa0000","size":256} -> null"#,
         r#"vm0 KVM_UNREGISTER_COALESCED_MMIO {"pio":"0x8","size":256} -> null"#,
     ];
@@ -374,6 +378,39 @@ fn registers_of_a_vcpu() {
             .to_owned()
         )
     );
+}
+
+/// A dirty ring of two entries.
+#[derive(Debug, Default)]
+struct Ring([DirtyGfn; 2]);
+
+impl DirtyRing for Ring {
+    fn entries(&self) -> &[DirtyGfn] {
+        &self.0
+    }
+}
+
+#[test]
+fn rings_of_a_vcpu() {
+    let mut vcpu = MockVcpu::new();
+    vcpu.expect_dirty_ring().returning(|| Ok(Arc::new(Ring::default())));
+    let mmio = CoalescedWrite::new(IoAddress::Mmio(0xa_0000), &[1, 2]);
+    let pio = CoalescedWrite::new(IoAddress::Pio(0x70), &[0xff]);
+    let mut writes = vec![None, pio, mmio];
+    vcpu.expect_has_coalesced_write().return_const(true);
+    vcpu.expect_take_coalesced_write().returning(move || Ok(writes.pop().unwrap()));
+    let log = Log::default();
+    let vcpu = vcpu_over(&log, vcpu);
+    assert_eq!(vcpu.dirty_ring().unwrap().entries().len(), 2);
+    assert!(vcpu.has_coalesced_write(), "which is no call");
+    assert_eq!([(); 3].map(|()| vcpu.take_coalesced_write()), [Ok(mmio), Ok(pio), Ok(None)]);
+    let expected = [
+        r#"vm0/vcpu3 mmap_dirty_ring {} -> 2"#,
+        r#"vm0/vcpu3 coalesced_mmio_ring {} -> {"mmio":"0xa0000","data":"0102"}"#,
+        r#"vm0/vcpu3 coalesced_mmio_ring {} -> {"pio":"0x70","data":"ff"}"#,
+        r#"vm0/vcpu3 coalesced_mmio_ring {} -> null"#,
+    ];
+    assert_eq!(log.take(), expected);
 }
 
 /// A vCPU that reads two ports' worth, writes one, then halts.

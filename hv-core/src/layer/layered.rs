@@ -13,11 +13,14 @@ use kvm_bindings::{
     kvm_sregs, kvm_translation, kvm_vcpu_events, kvm_xcrs,
 };
 
-use super::{DirtyLog, Interceptor, MsrsRead, NewVcpu, NewVm, Object, Ran, Request, Turn};
+use super::{
+    DirtyLog, Interceptor, MsrsRead, NewDirtyRing, NewVcpu, NewVm, Object, Ran, Request, Turn,
+};
 use crate::{
-    Capability, CoalescedZone, Error, EventFd, ExitReply, Gsi, Hypervisor, InterruptState,
-    IoDirection, IoEvent, IoEventBackend, IrqBackend, Irqfd, LineStatus, MemoryBackend, MemorySlot,
-    Msi, MsiStatus, MsrIndexList, Route, SlotId, Vcpu, VcpuExit, VcpuKick, Vm,
+    Capability, CoalescedWrite, CoalescedZone, DirtyRing, Error, EventFd, ExitReply, Gsi,
+    Hypervisor, InterruptState, IoDirection, IoEvent, IoEventBackend, IrqBackend, Irqfd,
+    LineStatus, MemoryBackend, MemorySlot, Msi, MsiStatus, MsrIndexList, Route, SlotId, Vcpu,
+    VcpuExit, VcpuKick, Vm,
 };
 
 /// A hypervisor whose calls, and those of all it creates, go through an interceptor.
@@ -157,6 +160,7 @@ impl<V: Vm, I: Interceptor> MemoryBackend for LayeredVm<V, I> {
         delete_memory_slot(id: SlotId) -> () = Request::DeleteMemorySlot(id);
         clear_dirty_log(id: SlotId, first: u64, pages: u32, bitmap: &[u64]) -> () =
             Request::ClearDirtyLog { id, first, pages, bitmap };
+        reset_dirty_rings() -> u32 = Request::ResetDirtyRings;
         register_coalesced_zone(zone: CoalescedZone) -> () = Request::RegisterCoalescedZone(zone);
         unregister_coalesced_zone(zone: CoalescedZone) -> () =
             Request::UnregisterCoalescedZone(zone);
@@ -338,6 +342,17 @@ impl<V: Vcpu, I: Interceptor> Vcpu for LayeredVcpu<V, I> {
         self.inner.reply(reply);
     }
 
+    /// The ring itself is memory: what is read and written there no layer sees.
+    fn dirty_ring(&self) -> Result<Arc<dyn DirtyRing>, Error> {
+        let real = || self.inner.dirty_ring().map(NewDirtyRing);
+        self.interceptor.call(self.object(), Request::DirtyRing, real).map(|ring| ring.0)
+    }
+
+    #[inline]
+    fn has_coalesced_write(&self) -> bool {
+        self.inner.has_coalesced_write()
+    }
+
     #[inline]
     fn interrupt_state(&self) -> InterruptState {
         self.inner.interrupt_state()
@@ -350,6 +365,7 @@ impl<V: Vcpu, I: Interceptor> Vcpu for LayeredVcpu<V, I> {
     }
 
     forward! {
+        take_coalesced_write() -> Option<CoalescedWrite> = Request::TakeCoalescedWrite;
         interrupt(vector: u8) -> () = Request::Interrupt { vector };
         nmi() -> () = Request::Nmi;
         regs() -> kvm_regs = Request::Regs;

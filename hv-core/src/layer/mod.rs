@@ -55,7 +55,7 @@ mod signals;
 mod trace;
 mod transcript;
 
-pub use answer::{Answer, DirtyLog, MsrsRead, NewVcpu, NewVm, Ran};
+pub use answer::{Answer, DirtyLog, MsrsRead, NewDirtyRing, NewVcpu, NewVm, Ran};
 pub use faults::{CallSite, Faults};
 pub use layered::{Layered, LayeredKick, LayeredVcpu, LayeredVm};
 pub use names::Names;

@@ -140,6 +140,7 @@ pub enum Request<'a> {
         pages: u32,
         bitmap: &'a [u64],
     },
+    ResetDirtyRings,
     RegisterCoalescedZone(CoalescedZone),
     UnregisterCoalescedZone(CoalescedZone),
     // I/O events
@@ -147,6 +148,8 @@ pub enum Request<'a> {
     IoeventfdDeassign(&'a IoEvent),
     // vCPU
     Run(Turn<'a>),
+    DirtyRing,
+    TakeCoalescedWrite,
     Interrupt {
         vector: u8,
     },
@@ -191,6 +194,8 @@ impl Request<'_> {
             Request::Eventfd => return Call::Eventfd,
             Request::InstallKick => return Call::Sigaction,
             Request::Kick => return Call::Kick,
+            Request::DirtyRing => return Call::MmapDirtyRing,
+            Request::TakeCoalescedWrite => return Call::CoalescedRing,
             Request::ApiVersion => I::GetApiVersion,
             Request::CheckExtension(_) => I::CheckExtension,
             Request::VcpuMmapSize => I::GetVcpuMmapSize,
@@ -218,6 +223,7 @@ impl Request<'_> {
             Request::SetMemorySlot(_) | Request::DeleteMemorySlot(_) => I::SetUserMemoryRegion,
             Request::DirtyLog { .. } => I::GetDirtyLog,
             Request::ClearDirtyLog { .. } => I::ClearDirtyLog,
+            Request::ResetDirtyRings => I::ResetDirtyRings,
             Request::RegisterCoalescedZone(_) => I::RegisterCoalescedMmio,
             Request::UnregisterCoalescedZone(_) => I::UnregisterCoalescedMmio,
             Request::IoeventfdAssign(_) | Request::IoeventfdDeassign(_) => I::Ioeventfd,
@@ -328,6 +334,9 @@ impl Serialize for Arguments<'_> {
             | Request::CreateIrqchip
             | Request::Pit2
             | Request::Clock
+            | Request::ResetDirtyRings
+            | Request::DirtyRing
+            | Request::TakeCoalescedWrite
             | Request::Nmi
             | Request::Regs
             | Request::Sregs

@@ -7,8 +7,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use super::answer::{Answer, DirtyLog, MsrsRead, Ran, RanBefore, Told, fill_dirty_log, fill_msrs};
 use super::{Names, NewVcpu, NewVm};
 use crate::{
-    Call, Capability, Context, Errno, Error, EventFd, Gsi, InternalError, InterruptState,
-    IoDirection, IoExit, Ioctl, LineStatus, MmioExit, MsiStatus, MsrIndexList, SlotId, VcpuExit,
+    Call, Capability, CoalescedWrite, Context, Errno, Error, EventFd, Gsi, InternalError,
+    InterruptState, IoAddress, IoDirection, IoExit, Ioctl, LineStatus, MmioExit, MsiStatus,
+    MsrIndexList, SlotId, VcpuExit,
 };
 
 fn text<T: Answer>(answer: &T) -> String {
@@ -97,6 +98,29 @@ fn numbers_lists_and_statuses() {
     }
     for status in [MsiStatus::Delivered, MsiStatus::Blocked, MsiStatus::NoTarget] {
         assert_eq!(again(&status), status);
+    }
+}
+
+#[test]
+fn collected_writes() {
+    again(&None::<CoalescedWrite>);
+    for len in 1..=8 {
+        let bytes = &[0, 1, 2, 3, 4, 5, 6, 0xff][..len];
+        for address in [IoAddress::Mmio(u64::MAX), IoAddress::Pio(u16::MAX)] {
+            let write = CoalescedWrite::new(address, bytes);
+            assert_eq!(again(&write), write);
+        }
+    }
+    use serde_json::json;
+    for wrong in [
+        json!({"mmio": "0x1", "data": ""}),
+        json!({"mmio": "0x1", "data": "00".repeat(9)}),
+        json!({"data": "00"}),
+        json!({"mmio": "0x1", "pio": "0x1", "data": "00"}),
+        json!({"pio": "0x10000", "data": "00"}),
+        json!({"pio": "0x1"}),
+    ] {
+        assert!(Option::<CoalescedWrite>::from_json(wrong.clone()).is_err(), "{wrong}");
     }
 }
 

@@ -10,11 +10,9 @@ mod zones;
 
 use std::collections::VecDeque;
 
-use crate::{CoalescedZone, Errno, IoAddress};
+use crate::{CoalescedWrite, CoalescedZone, Errno, IoAddress};
 use bus::{Bus, Span};
 use ioevents::Doorbell;
-
-pub(in crate::fake) use zones::Collected;
 
 /// What a host's KVM allows.
 #[derive(Debug, Clone, Copy)]
@@ -55,7 +53,7 @@ pub(in crate::fake) struct Io {
     mmio: Bus<Device>,
     ports: Bus<Device>,
     /// What zones have collected, for both buses.
-    ring: VecDeque<Collected>,
+    ring: VecDeque<CoalescedWrite>,
 }
 
 impl Io {
@@ -95,8 +93,9 @@ impl Io {
                     return Taken::Event;
                 }
                 Device::Zone(zone) if zones::collects(zone, address.value(), len) => {
-                    if zones::has_room(&self.ring) {
-                        self.ring.push_back(Collected { address, data: data.to_vec() });
+                    let write = CoalescedWrite::new(address, data);
+                    if let Some(write) = write.filter(|_| zones::has_room(&self.ring)) {
+                        self.ring.push_back(write);
                         return Taken::Zone;
                     }
                 }

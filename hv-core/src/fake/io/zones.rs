@@ -6,20 +6,13 @@
 use std::collections::VecDeque;
 
 use super::{Device, Io};
-use crate::{CoalescedZone, Errno, IoAddress};
+use crate::{CoalescedWrite, CoalescedZone, Errno, IoAddress};
 
 /// Writes the ring can hold: entries of 24 bytes in a page after two indices, one of them always
 /// free.
 const RING: usize = (4096 - 8) / 24 - 1;
 
-/// A write that a zone took.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::fake) struct Collected {
-    pub(in crate::fake) address: IoAddress,
-    pub(in crate::fake) data: Vec<u8>,
-}
-
-pub(super) fn has_room(ring: &VecDeque<Collected>) -> bool {
+pub(super) fn has_room(ring: &VecDeque<CoalescedWrite>) -> bool {
     ring.len() < RING
 }
 
@@ -58,9 +51,18 @@ impl Io {
             .collect()
     }
 
-    /// Empties the ring, as a VMM does.
-    pub(in crate::fake) fn take_collected(&mut self) -> Vec<Collected> {
-        self.ring.drain(..).collect()
+    /// What is in the ring, in order.
+    pub(in crate::fake) fn collected(&self) -> impl ExactSizeIterator<Item = &CoalescedWrite> {
+        self.ring.iter()
+    }
+
+    pub(in crate::fake) fn has_collected(&self) -> bool {
+        !self.ring.is_empty()
+    }
+
+    /// Takes the oldest write out of the ring, as a VMM does.
+    pub(in crate::fake) fn take_collected(&mut self) -> Option<CoalescedWrite> {
+        self.ring.pop_front()
     }
 
     /// A kernel that does not know of ports takes them for addresses: the field that says so was

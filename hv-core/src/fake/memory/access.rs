@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::{Memory, PAGE, Slot};
+use crate::DirtyPage;
 
 /// What became of a guest's write, of its worst part if it has several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,12 +36,12 @@ pub(super) fn pieces(guest: u64, len: usize) -> Option<impl Iterator<Item = (u64
 }
 
 impl Memory {
-    /// A guest writes. The parts of the write that are in memory are stored even if others are not.
-    pub(in crate::fake) fn write(&mut self, guest: u64, data: &[u8]) -> Wrote {
+    /// A guest writes, on a vCPU. The parts of the write that are in memory are stored even if others are not.
+    pub(in crate::fake) fn write(&mut self, vcpu: u32, guest: u64, data: &[u8]) -> Wrote {
         let Some(pieces) = pieces(guest, data.len()) else { return Wrote::Nothing };
         pieces
             .map(|(address, piece)| {
-                self.write_in_page(address, data.get(piece).unwrap_or_default())
+                self.write_in_page(vcpu, address, data.get(piece).unwrap_or_default())
             })
             .max()
             .unwrap_or(Wrote::Memory)
@@ -64,7 +65,7 @@ impl Memory {
         all
     }
 
-    fn write_in_page(&mut self, guest: u64, data: &[u8]) -> Wrote {
+    fn write_in_page(&mut self, vcpu: u32, guest: u64, data: &[u8]) -> Wrote {
         let Some(slot) = self.slot_at(guest) else { return Wrote::Nothing };
         if slot.memory.flags.readonly {
             return Wrote::ReadOnly;
@@ -74,8 +75,9 @@ impl Memory {
             to.store(*from, Ordering::Relaxed);
         }
         let (id, page) = (slot.memory.id, guest / PAGE - slot.region.first_page());
-        if let Some(log) = self.slots.get_mut(&id).and_then(|slot| slot.dirty.as_mut()) {
-            log.mark(page);
+        let log = self.slots.get_mut(&id).and_then(|slot| slot.dirty.as_mut());
+        if log.is_some_and(|log| log.mark(page)) {
+            self.report(vcpu, DirtyPage { slot: id, page });
         }
         Wrote::Memory
     }

@@ -3,16 +3,11 @@
 //! There is no page protection here, and none is needed: KVM protects a page when it clears the
 //! page's bit, so that the next write is noticed. Here every write is.
 
-use super::{Memory, PAGE, Slot};
+use super::{Memory, Slot};
 use crate::{Errno, SlotId};
 
 const ENABLE: u64 = 1;
 const INITIALLY_SET: u64 = 2;
-
-/// Bytes of an entry of the dirty ring (`struct kvm_dirty_gfn`).
-const RING_ENTRY: u32 = 16;
-/// Entries of a dirty ring that the kernel keeps for itself.
-const RING_RESERVED: u32 = 64;
 
 /// A bit for each page of a slot.
 #[derive(Debug)]
@@ -31,11 +26,23 @@ impl DirtyLog {
         Self(log)
     }
 
-    pub(super) fn mark(&mut self, page: u64) {
-        let word = usize::try_from(page / 64).ok().and_then(|word| self.0.get_mut(word));
-        if let Some(word) = word {
-            *word |= 1 << (page % 64);
+    /// Marks a page; whether it was not marked before.
+    pub(super) fn mark(&mut self, page: u64) -> bool {
+        let Some(word) = self.word(page) else { return false };
+        let was = *word;
+        *word |= 1 << (page % 64);
+        *word != was
+    }
+
+    /// Takes the mark of a page away.
+    pub(super) fn unmark(&mut self, page: u64) {
+        if let Some(word) = self.word(page) {
+            *word &= !(1 << (page % 64));
         }
+    }
+
+    fn word(&mut self, page: u64) -> Option<&mut u64> {
+        usize::try_from(page / 64).ok().and_then(|word| self.0.get_mut(word))
     }
 }
 
@@ -50,29 +57,6 @@ impl Memory {
             return Err(Errno::EINVAL);
         }
         self.manual_protect = flags;
-        Ok(())
-    }
-
-    /// `KVM_CAP_DIRTY_LOG_RING` with the bytes of a ring: from then on bitmaps can't be asked for.
-    /// What is in the rings is not kept.
-    pub(in crate::fake) fn enable_dirty_ring(
-        &mut self,
-        size: u64,
-        have_vcpus: bool,
-    ) -> Result<(), Errno> {
-        // The ioctl has 64 bits for it, and 32 of them are looked at.
-        let size = size as u32;
-        let least = u64::from(RING_RESERVED * RING_ENTRY).max(PAGE);
-        if self.limits.dirty_ring == 0 || !size.is_power_of_two() || u64::from(size) < least {
-            return Err(Errno::EINVAL);
-        }
-        if size > self.limits.dirty_ring {
-            return Err(Errno::E2BIG);
-        }
-        if self.dirty_ring || have_vcpus {
-            return Err(Errno::EINVAL);
-        }
-        self.dirty_ring = true;
         Ok(())
     }
 
@@ -112,7 +96,7 @@ impl Memory {
         if (bitmap.len() as u64) < u64::from(pages).div_ceil(64) {
             return Err(Errno::EINVAL);
         }
-        if !self.dirty_ring && !first.is_multiple_of(64) {
+        if self.rings.is_none() && !first.is_multiple_of(64) {
             return Err(Errno::EINVAL);
         }
         let slot_pages = self.slots.get(&id).map_or(0, |slot| slot.region.pages());
@@ -133,7 +117,7 @@ impl Memory {
     /// How many pages of a slot are dirty and not yet asked for; 0 for one that does not log, or whose
     /// log can't be asked for.
     pub(in crate::fake) fn dirty_pages(&self, id: SlotId) -> u64 {
-        if self.dirty_ring {
+        if self.rings.is_some() {
             return 0;
         }
         let log = self.slots.get(&id).and_then(|slot| slot.dirty.as_ref());
@@ -147,7 +131,7 @@ impl Memory {
 
     /// The log of a slot, by the rules that reading and clearing share.
     fn log(&mut self, id: SlotId) -> Result<&mut [u64], Errno> {
-        if self.dirty_ring {
+        if self.rings.is_some() {
             return Err(Errno::ENXIO);
         }
         self.check_id(id)?;

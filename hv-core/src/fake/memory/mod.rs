@@ -5,11 +5,13 @@
 
 mod access;
 mod dirty;
+mod ring;
 
 use std::collections::BTreeMap;
 
 use crate::{Errno, HostRange, MemorySlot, SlotId};
 use dirty::DirtyLog;
+use ring::Rings;
 
 pub(in crate::fake) use access::Wrote;
 
@@ -45,7 +47,7 @@ pub(in crate::fake) struct Memory {
     /// The flags of `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` that are enabled.
     manual_protect: u64,
     /// Pages written are reported in a ring of each vCPU, and bitmaps can't be asked for.
-    dirty_ring: bool,
+    rings: Option<Rings>,
 }
 
 #[derive(Debug)]
@@ -105,7 +107,7 @@ impl Memory {
             slots: BTreeMap::new(),
             by_page: BTreeMap::new(),
             manual_protect: 0,
-            dirty_ring: false,
+            rings: None,
         }
     }
 
@@ -175,7 +177,7 @@ impl Memory {
 
     /// The slots that have dirty pages nobody asked for, with their number.
     pub(in crate::fake) fn dirty_slots(&self) -> impl Iterator<Item = (SlotId, u64)> {
-        self.slots.keys().map(|&id| (id, self.dirty_pages(id))).filter(|&(_, pages)| pages > 0)
+        self.slots.keys().map(|&id| (id, self.lost_pages(id))).filter(|&(_, pages)| pages > 0)
     }
 
     /// Puts a slot that has been judged in the place of what it was.
@@ -189,8 +191,10 @@ impl Memory {
             Some(old) => (Some(old.memory), old.dirty),
             None => (None, None),
         };
-        // A slot that goes on logging keeps its bits, also when it moves. One that begins to log
-        // starts anew.
+        // A slot that goes on logging keeps its bits, also when it moves; that is, its bitmap. For a
+        // ring all pages of one that moved are watched again. One that begins to log starts anew.
+        let moved = old_memory.as_ref().is_some_and(|old| old.guest != memory.guest);
+        let old_log = old_log.filter(|_| !(moved && self.rings.is_some()));
         let dirty = match (memory.flags.log_dirty, old_log) {
             (false, _) => None,
             (true, Some(log)) => Some(log),

@@ -163,7 +163,7 @@ fn deleting_looks_at_the_number_alone() {
     }
     assert_eq!(memory.delete(SlotId(0)).map(|slot| slot.guest.0), Ok(0x1000));
     assert_eq!(memory.delete(SlotId(0)), Err(Errno::EINVAL), "twice");
-    assert_eq!(memory.write(0x1000, &[1]), Wrote::Nothing);
+    assert_eq!(memory.write(0, 0x1000, &[1]), Wrote::Nothing);
     assert!(memory.set(&slot(5, 0x1000, &host, PLAIN)).is_ok(), "its place is free");
 }
 
@@ -175,7 +175,7 @@ fn what_a_slot_was_is_handed_back_and_a_refused_one_is_not_kept() {
     assert_eq!((was.guest.0, was.flags), (0x1000, PLAIN));
 
     // One that is refused changes nothing: not the place, not the bits.
-    memory.write(0x8000, &[1]);
+    memory.write(0, 0x8000, &[1]);
     for bad in [slot(0, 0x8001, &host, LOG), slot(0, 1 << 52, &host, LOG)] {
         assert_eq!(memory.set(&bad), Err(Errno::EINVAL));
     }
@@ -190,7 +190,7 @@ fn writes_land_in_memory_across_slots() {
     memory.set(&slot(1, 0x3000, &high, PLAIN)).unwrap();
     memory.set(&slot(2, 0x4000, &pages(1), READONLY)).unwrap();
 
-    assert_eq!(memory.write(0x2ffe, &[1, 2, 3, 4]), Wrote::Memory);
+    assert_eq!(memory.write(0, 0x2ffe, &[1, 2, 3, 4]), Wrote::Memory);
     let byte = |host: &HostRange, at: usize| host.bytes()[at].load(Ordering::Relaxed);
     assert_eq!((byte(&low, 0x1ffe), byte(&low, 0x1fff)), (1, 2));
     assert_eq!((byte(&high, 0), byte(&high, 1), byte(&high, 2)), (3, 4, 0));
@@ -199,20 +199,20 @@ fn writes_land_in_memory_across_slots() {
     assert_eq!(read, [1, 2, 3, 4]);
 
     // A part that is memory is stored although the rest ends the run.
-    assert_eq!(memory.write(0x3ffe, &[7; 4]), Wrote::ReadOnly);
+    assert_eq!(memory.write(0, 0x3ffe, &[7; 4]), Wrote::ReadOnly);
     assert_eq!(byte(&high, 0xfff), 7);
     assert!(memory.read(0x3ffe, &mut read));
     assert_eq!(read, [7, 7, 0, 0], "a ROM is read and not written");
-    assert_eq!(memory.write(0x4ffe, &[7; 4]), Wrote::Nothing);
-    assert_eq!(memory.write(0xffe, &[8; 4]), Wrote::Nothing);
+    assert_eq!(memory.write(0, 0x4ffe, &[7; 4]), Wrote::Nothing);
+    assert_eq!(memory.write(0, 0xffe, &[8; 4]), Wrote::Nothing);
     assert!(!memory.read(0xffe, &mut read));
     assert_eq!(read, [7, 7, 8, 8], "what is there has been read");
 
     // A whole slot and its neighbours at once; nothing at all; the last addresses.
-    assert_eq!(memory.write(0x1000, &[9; 3 * SIZE]), Wrote::Memory);
-    assert_eq!(memory.write(0x1000, &[9; 3 * SIZE + 1]), Wrote::ReadOnly);
-    assert_eq!(memory.write(0x1000, &[]), Wrote::Memory);
-    assert_eq!(memory.write(u64::MAX, &[1, 2]), Wrote::Nothing);
+    assert_eq!(memory.write(0, 0x1000, &[9; 3 * SIZE]), Wrote::Memory);
+    assert_eq!(memory.write(0, 0x1000, &[9; 3 * SIZE + 1]), Wrote::ReadOnly);
+    assert_eq!(memory.write(0, 0x1000, &[]), Wrote::Memory);
+    assert_eq!(memory.write(0, u64::MAX, &[1, 2]), Wrote::Nothing);
     assert!(!memory.read(u64::MAX - 1, &mut read));
 }
 
@@ -240,7 +240,7 @@ fn a_host_without_address_spaces_has_one() {
 fn only_address_space_0_is_the_guests() {
     let (mut memory, host) = (memory(), pages(1));
     memory.set(&slot(0x1_0000, 0x1000, &host, PLAIN)).unwrap();
-    assert_eq!(memory.write(0x1000, &[1]), Wrote::Nothing);
+    assert_eq!(memory.write(0, 0x1000, &[1]), Wrote::Nothing);
     assert!(!memory.read(0x1000, &mut [0]));
 }
 
@@ -250,9 +250,9 @@ fn reading_the_log_takes_it() {
     memory.set(&slot(0, 0x10000, &host, LOG)).unwrap();
     memory.set(&slot(1, 0x1000, &pages(1), PLAIN)).unwrap();
     assert_eq!(log(&mut memory, 0), Ok([0, 0]));
-    memory.write(0x10000, &[1]);
-    memory.write(0x10000 + 64 * PAGE - 1, &[1, 2]);
-    memory.write(0x10000 + 99 * PAGE, &[1]);
+    memory.write(0, 0x10000, &[1]);
+    memory.write(0, 0x10000 + 64 * PAGE - 1, &[1, 2]);
+    memory.write(0, 0x10000 + 99 * PAGE, &[1]);
     memory.read(0x11000, &mut [0]);
     assert_eq!(log(&mut memory, 0), Ok([1 << 63 | 1, 1 << 35 | 1]));
     assert_eq!(log(&mut memory, 0), Ok([0, 0]));
@@ -262,7 +262,7 @@ fn reading_the_log_takes_it() {
     {
         assert_eq!(log(&mut memory, id), Err(errno), "slot {id:#x}");
     }
-    memory.write(0x10000, &[1]);
+    memory.write(0, 0x10000, &[1]);
     assert_eq!(memory.dirty_log(SlotId(0), &mut [0]), INVALID, "100 pages have two words");
     let mut long = [7; 3];
     assert_eq!(memory.dirty_log(SlotId(0), &mut long), Ok(()));
@@ -273,21 +273,21 @@ fn reading_the_log_takes_it() {
 fn bits_follow_a_slot_that_moves_and_end_with_logging() {
     let (mut memory, host) = (memory(), pages(100));
     memory.set(&slot(0, 0x10000, &host, LOG)).unwrap();
-    memory.write(0x11000, &[1]);
+    memory.write(0, 0x11000, &[1]);
     memory.set(&slot(0, 0x20_0000, &host, LOG)).unwrap();
-    assert_eq!(memory.write(0x10000, &[1]), Wrote::Nothing);
-    memory.write(0x20_0000, &[1]);
+    assert_eq!(memory.write(0, 0x10000, &[1]), Wrote::Nothing);
+    memory.write(0, 0x20_0000, &[1]);
     memory.set(&slot(0, 0x20_0000, &host, LOG)).unwrap();
     assert_eq!(log(&mut memory, 0), Ok([3, 0]));
 
-    memory.write(0x20_0000, &[1]);
+    memory.write(0, 0x20_0000, &[1]);
     memory.set(&slot(0, 0x20_0000, &host, PLAIN)).unwrap();
-    memory.write(0x20_1000, &[1]);
+    memory.write(0, 0x20_1000, &[1]);
     assert_eq!(log(&mut memory, 0), Err(Errno::ENOENT));
     memory.set(&slot(0, 0x20_0000, &host, LOG)).unwrap();
     assert_eq!(log(&mut memory, 0), Ok([0, 0]), "what was written before is not known");
 
-    memory.write(0x20_0000, &[1]);
+    memory.write(0, 0x20_0000, &[1]);
     memory.delete(SlotId(0)).unwrap();
     memory.set(&slot(0, 0x20_0000, &host, LOG)).unwrap();
     assert_eq!(log(&mut memory, 0), Ok([0, 0]), "bits are gone with their slot");
@@ -299,7 +299,7 @@ fn with_manual_protection_only_what_is_cleared_is_clean() {
     memory.set(&slot(0, 0x10000, &host, LOG)).unwrap();
     memory.enable_manual_protect(1).unwrap();
     for page in [0, 1, 64, 99] {
-        memory.write(0x10000 + page * PAGE, &[1]);
+        memory.write(0, 0x10000 + page * PAGE, &[1]);
     }
     assert_eq!(log(&mut memory, 0), Ok([3, 1 << 35 | 1]));
     assert_eq!(log(&mut memory, 0), Ok([3, 1 << 35 | 1]));
@@ -307,7 +307,7 @@ fn with_manual_protection_only_what_is_cleared_is_clean() {
     assert_eq!(log(&mut memory, 0), Ok([1, 1 << 35 | 1]), "nothing outside the request");
     memory.clear_dirty_log(SlotId(0), 64, 36, &[u64::MAX]).unwrap();
     assert_eq!(log(&mut memory, 0), Ok([1, 0]), "bits without pages are no matter");
-    memory.write(0x11000, &[1]);
+    memory.write(0, 0x11000, &[1]);
     assert_eq!(log(&mut memory, 0), Ok([3, 0]), "and noticed again");
     memory.enable_manual_protect(0).unwrap();
     assert_eq!(log(&mut memory, 0), Ok([3, 0]));
@@ -408,7 +408,7 @@ fn a_dirty_ring_ends_the_use_of_bitmaps() {
     assert_eq!(memory.enable_dirty_ring(4096, false), INVALID, "twice");
     assert_eq!(memory.enable_dirty_ring(2 << 20, false), Err(Errno::E2BIG));
 
-    assert_eq!(memory.write(0x10000, &[1]), Wrote::Memory);
+    assert_eq!(memory.write(0, 0x10000, &[1]), Wrote::Memory);
     for id in [0, 5, 0xffff] {
         assert_eq!(log(&mut memory, id), Err(Errno::ENXIO));
         assert_eq!(memory.clear_dirty_log(SlotId(id), 1, 1, &[0]), Err(Errno::ENXIO));
@@ -433,6 +433,6 @@ fn thousands_of_slots_keep_their_places() {
     }
     assert_eq!(memory.set(&slot(limit, 1 << 40, &host, PLAIN)), Err(Errno::EINVAL));
     assert_eq!(memory.slots().count(), limit as usize);
-    assert_eq!(memory.write(u64::from(limit) * PAGE, &[1]), Wrote::Nothing);
-    assert_eq!(memory.write(u64::from(limit) * PAGE - 1, &[1]), Wrote::Memory);
+    assert_eq!(memory.write(0, u64::from(limit) * PAGE, &[1]), Wrote::Nothing);
+    assert_eq!(memory.write(0, u64::from(limit) * PAGE - 1, &[1]), Wrote::Memory);
 }

@@ -3,9 +3,9 @@
 use super::{errno, message, msi_route, slot, vm_with_irqchip};
 use crate::fake::{FakeHost, FakeKvm, FakeVm, Finding, GuestStep, Interrupt, Loss, Seen, Wrote};
 use crate::{
-    Capability, CoalescedZone, ExitReply, Gsi, Hypervisor, IoAddress, IoDirection, IoEvent,
-    IoEventBackend, IoExit, IrqBackend, Irqfd, MemoryBackend, MmioExit, Msi, Route, RouteTarget,
-    SlotFlags, SlotId, Vcpu, VcpuExit, Vm,
+    Capability, CoalescedWrite, CoalescedZone, ExitReply, Gsi, Hypervisor, IoAddress, IoDirection,
+    IoEvent, IoEventBackend, IoExit, IrqBackend, Irqfd, MemoryBackend, MmioExit, Msi, Route,
+    RouteTarget, SlotFlags, SlotId, Vcpu, VcpuExit, Vm,
 };
 
 const RAM: u64 = 0x10_0000;
@@ -155,7 +155,12 @@ fn doorbells_and_zones_take_their_writes() {
     assert!(matches!(vcpu.run(), Ok(VcpuExit::Io(_))), "8 is not the doorbell's");
     assert_eq!((vcpu.io_data(), bell.take()), (&mut [8][..], Some(1)));
     assert_eq!(vcpu.run(), Ok(stored(NOWHERE + 0x1000, 1, &[5])));
-    assert_eq!(vm.view().take_collected(), [(page, vec![1, 2, 3, 4])]);
+    let collected = CoalescedWrite::new(page, &[1, 2, 3, 4]);
+    assert!(vcpu.has_coalesced_write());
+    assert_eq!(vm.view().collected(), Vec::from_iter(collected));
+    assert_eq!(vcpu.take_coalesced_write(), Ok(collected));
+    assert_eq!(vcpu.take_coalesced_write(), Ok(None));
+    assert!(!vcpu.has_coalesced_write());
     // The same by hand.
     for (address, data, what) in [
         (IoAddress::Pio(0x70), &[7][..], Wrote::Signalled),

@@ -5,6 +5,7 @@ mod guests;
 mod hosts;
 mod kicks;
 mod lifetime;
+mod rings;
 mod state;
 
 use std::sync::Arc;

@@ -24,7 +24,7 @@ pub(super) use state::{
 };
 pub(super) use vm::{
     ClockForm, DirtyForm, IrqchipForm, LineStatusForm, MsiForm, MsiStatusForm, MsrIndexForm,
-    PitConfigForm, PitForm, RouteForm,
+    PitConfigForm, PitForm, RouteForm, WriteForm,
 };
 
 /// The form a `T` has in JSON.

@@ -1,10 +1,14 @@
-//! What a VM is told and answers as JSON: interrupt controllers, timer, clock, routes, dirty pages.
+//! What a VM is told and answers as JSON: interrupt controllers, timer, clock, routes, dirty pages,
+//! collected writes.
 
 use kvm_bindings as k;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de};
 
-use super::{Blob, Form, Hex, Short, form};
-use crate::{Gsi, IrqchipId, LineStatus, Msi, MsiStatus, MsrIndexList, Route, RouteTarget};
+use super::{Blob, Form, Hex, OwnedBytes, Short, form};
+use crate::{
+    CoalescedWrite, Gsi, IoAddress, IrqchipId, LineStatus, Msi, MsiStatus, MsrIndexList, Route,
+    RouteTarget,
+};
 
 form! {
     /// An interrupt controller.
@@ -172,6 +176,40 @@ impl Form<MsrIndexList> for MsrIndexForm {
     }
     fn value(self) -> MsrIndexList {
         MsrIndexList { available: self.available, indices: self.indices.value() }
+    }
+}
+
+/// A write that a coalesced zone collected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::layer) struct WriteForm {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mmio: Option<Hex>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pio: Option<Hex<u16>>,
+    data: OwnedBytes,
+}
+
+impl WriteForm {
+    pub(in crate::layer) fn of(write: &CoalescedWrite) -> Self {
+        let data = OwnedBytes(write.bytes().to_vec());
+        match write.address {
+            IoAddress::Mmio(address) => Self { mmio: Some(Hex(address)), pio: None, data },
+            IoAddress::Pio(port) => Self { mmio: None, pio: Some(Hex(port)), data },
+        }
+    }
+
+    /// The write, unless it is none: it has one address, and 1 to 8 bytes.
+    pub(in crate::layer) fn value(self) -> Result<CoalescedWrite, serde_json::Error> {
+        let address = match (self.mmio, self.pio) {
+            (Some(Hex(address)), None) => Some(IoAddress::Mmio(address)),
+            (None, Some(Hex(port))) => Some(IoAddress::Pio(port)),
+            _ => None,
+        };
+        let write = address.and_then(|address| CoalescedWrite::new(address, &self.data.0));
+        write.ok_or_else(|| {
+            <serde_json::Error as de::Error>::custom("no write to one address of 1 to 8 bytes")
+        })
     }
 }
 

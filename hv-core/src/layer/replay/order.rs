@@ -164,6 +164,33 @@ impl Order {
         }
     }
 
+    /// Whether a call is the next one on its object in the transcript, by its name; then it waits
+    /// for its turn, but takes no line. False once the replay has stopped: the call will say why.
+    pub(super) fn is_next(&self, calling: Calling<'_>) -> bool {
+        let mut state = self.lock();
+        let since = Instant::now();
+        loop {
+            if state.stopped.is_some() {
+                return false;
+            }
+            if state.settle() {
+                self.moved.notify_all();
+            }
+            match state.ahead.of(calling.on).next() {
+                Some((_, line)) if line.call != calling.call().name() => return false,
+                Some((number, _)) => {
+                    let turn = matches!(state.ahead.next(), Next::Call(next, _) if next == number);
+                    if turn && state.is_free() {
+                        return true;
+                    }
+                }
+                None if state.ahead.is_whole() => return false,
+                None => {}
+            }
+            state = self.wait(state, calling, since);
+        }
+    }
+
     /// Waits until something happens, or stops the replay because nothing does, neither `since` nor
     /// for as long before.
     fn wait<'a>(

@@ -3,7 +3,7 @@
 //! The one thing that is kept here is what a vCPU has between two runs: the data of the last exit,
 //! and what the VMM answered to it, which are arguments of the next.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
     kvm_cpuid_entry2, kvm_debugregs, kvm_fpu, kvm_guest_debug, kvm_lapic_state, kvm_mp_state,
@@ -19,14 +19,15 @@ use crate::layer::answer::{RanBefore, Told, fill_msrs};
 use crate::layer::transcript::{CallLine, MAX_LINE};
 use crate::layer::{Object, Request, Turn};
 use crate::{
-    Call, Error, ExitReply, InterruptState, IoDirection, IoExit, Ioctl, Vcpu, VcpuExit, VcpuKick,
+    Call, CoalescedWrite, DirtyGfn, DirtyRing, Error, ExitReply, InterruptState, IoDirection,
+    IoExit, Ioctl, Vcpu, VcpuExit, VcpuKick,
 };
 
 /// A vCPU of a [`Replay`].
 #[derive(Debug)]
 pub struct ReplayVcpu {
     replay: Replay,
-    _vm: Arc<Life>,
+    life: Arc<Life>,
     vm: u32,
     id: u32,
     /// The data of the last exit, if it was port I/O.
@@ -36,6 +37,7 @@ pub struct ReplayVcpu {
     interrupts: InterruptState,
     reply: Option<ExitReply>,
     window: bool,
+    ring: OnceLock<Arc<Ring>>,
 }
 
 /// Whether a line is a run that was interrupted.
@@ -73,11 +75,44 @@ fn ran(value: Value) -> Result<RanBefore, serde_json::Error> {
     Ok(ran)
 }
 
+/// Entries of a dirty ring at most, which is sixteen times as many as KVM gives
+/// (`KVM_DIRTY_RING_MAX_ENTRIES`).
+const MAX_ENTRIES: usize = 1 << 20;
+
+/// How many entries a dirty ring has.
+fn ring_entries(value: Value) -> Result<usize, serde_json::Error> {
+    let entries = usize::from_json(value)?;
+    if entries.is_power_of_two() && entries <= MAX_ENTRIES {
+        return Ok(entries);
+    }
+    Err(serde_json::Error::custom(format_args!("no dirty ring has {entries} entries")))
+}
+
+/// A dirty ring in which nothing happens.
+#[derive(Debug)]
+struct Ring {
+    entries: Vec<DirtyGfn>,
+    _vm: Arc<Life>,
+}
+
+impl Ring {
+    fn new(entries: usize, vm: &Arc<Life>) -> Self {
+        let entries = std::iter::repeat_with(DirtyGfn::default).take(entries).collect();
+        Self { entries, _vm: vm.clone() }
+    }
+}
+
+impl DirtyRing for Ring {
+    fn entries(&self) -> &[DirtyGfn] {
+        &self.entries
+    }
+}
+
 impl ReplayVcpu {
     pub(super) fn new(replay: Replay, life: Arc<Life>, vm: u32, id: u32) -> Self {
         Self {
             replay,
-            _vm: life,
+            life,
             vm,
             id,
             data: Vec::new(),
@@ -85,6 +120,7 @@ impl ReplayVcpu {
             interrupts: InterruptState::default(),
             reply: None,
             window: false,
+            ring: OnceLock::new(),
         }
     }
 
@@ -149,7 +185,21 @@ impl Vcpu for ReplayVcpu {
         self.window = wanted;
     }
 
+    /// Empty and stays so: what was in it is not in a transcript.
+    fn dirty_ring(&self) -> Result<Arc<dyn DirtyRing>, Error> {
+        let entries = self.replay.ask_for(self.object(), &Request::DirtyRing, ring_entries)?;
+        Ok(self.ring.get_or_init(|| Arc::new(Ring::new(entries, &self.life))).clone())
+    }
+
+    /// Whether one is taken next on this vCPU in the transcript; then it is also its turn, so that
+    /// whoever locks something to take it does not keep back who comes first.
+    fn has_coalesced_write(&self) -> bool {
+        let request = Request::TakeCoalescedWrite;
+        self.replay.order().is_next(Calling { on: self.object(), request: &request })
+    }
+
     ask! {
+        take_coalesced_write() -> Option<CoalescedWrite> = Request::TakeCoalescedWrite;
         interrupt(vector: u8) -> () = Request::Interrupt { vector };
         nmi() -> () = Request::Nmi;
         regs() -> kvm_regs = Request::Regs;

@@ -61,6 +61,7 @@ impl MemoryBackend for ReplayVm {
         delete_memory_slot(id: SlotId) -> () = Request::DeleteMemorySlot(id);
         clear_dirty_log(id: SlotId, first: u64, pages: u32, bitmap: &[u64]) -> () =
             Request::ClearDirtyLog { id, first, pages, bitmap };
+        reset_dirty_rings() -> u32 = Request::ResetDirtyRings;
         register_coalesced_zone(zone: CoalescedZone) -> () = Request::RegisterCoalescedZone(zone);
         unregister_coalesced_zone(zone: CoalescedZone) -> () =
             Request::UnregisterCoalescedZone(zone);

@@ -8,7 +8,7 @@ use crate::layer::Object;
 use crate::{Call, Ioctl};
 
 /// Calls there are: ioctls, then the others.
-const CALLS: usize = Ioctl::ALL.len() + 5;
+const CALLS: usize = Ioctl::ALL.len() + 7;
 
 /// Shards of the counters, so that vCPUs do not contend for a cache line.
 const SHARDS: usize = 8;
@@ -41,9 +41,11 @@ const fn index(call: Call) -> usize {
         Call::Ioctl(ioctl) => ioctl as usize,
         Call::Open => others,
         Call::Mmap => others + 1,
-        Call::Eventfd => others + 2,
-        Call::Sigaction => others + 3,
-        Call::Kick => others + 4,
+        Call::MmapDirtyRing => others + 2,
+        Call::CoalescedRing => others + 3,
+        Call::Eventfd => others + 4,
+        Call::Sigaction => others + 5,
+        Call::Kick => others + 6,
     }
 }
 

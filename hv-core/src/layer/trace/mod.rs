@@ -161,6 +161,7 @@ fn is_frequent(request: &Request<'_>) -> bool {
         request,
         Request::Run(_)
             | Request::Kick
+            | Request::TakeCoalescedWrite
             | Request::Interrupt { .. }
             | Request::IrqLine { .. }
             | Request::IrqLineStatus { .. }
