@@ -31,6 +31,9 @@ pub const GUEST_PORTS: Range<u16> = 0x5a0..0x5a4;
 /// ended: as on hardware, one in service holds back those of its own and lower classes
 /// (vector / 16). Not every implementation does that: some end an interrupt when it is taken, or at
 /// least one whose end nobody waits for. A case that depends on it looks at the in-service register.
+///
+/// On a vCPU whose dirty ring is full an access ends with [`VcpuExit::DirtyRingFull`] instead, and may
+/// have been made or not.
 pub trait Guest {
     /// The vCPU it runs on.
     type Vcpu: Vcpu;

@@ -11,6 +11,8 @@ pub(crate) struct Scripted {
     view: VmView,
     /// It takes no interrupts.
     pub(crate) deaf: bool,
+    /// A step that was not done because the dirty ring is full. It comes first when there is room.
+    waits: Option<GuestStep>,
 }
 
 /// How long a step may take before the guest counts as stuck, in exits.
@@ -24,18 +26,24 @@ impl Scripted {
             view.enable_apic(vcpu.id());
             vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })?;
         }
-        Ok(Self { vcpu, view, deaf: false })
+        Ok(Self { vcpu, view, deaf: false, waits: None })
     }
 
     /// Does one step: the exits it made, and what the guest saw.
     fn step(&mut self, step: GuestStep) -> Checked<(Vec<VcpuExit>, Vec<fake::Seen>)> {
-        self.view.program(self.vcpu.id(), [step.clone()]);
+        if self.waits.take().as_ref() != Some(&step) {
+            self.view.program(self.vcpu.id(), [step.clone()]);
+        }
         let mut exits = Vec::new();
         while exits.len() < MANY {
             let exit = self.vcpu.run()?;
             match exit {
                 VcpuExit::Hlt => return Ok((exits, self.view.take_seen(self.vcpu.id()))),
                 VcpuExit::Interrupted => continue,
+                VcpuExit::DirtyRingFull => {
+                    self.waits = Some(step);
+                    return Ok((vec![exit], Vec::new()));
+                }
                 VcpuExit::Io(io) if io.direction == IoDirection::In => {
                     self.vcpu.io_data().fill(0xff);
                 }

@@ -137,6 +137,10 @@ impl KvmGuest {
                     _ => {}
                 }
             }
+            // Before or after the work: the vCPU is stopped where it is.
+            if let (VcpuExit::DirtyRingFull, None) = (exit, work) {
+                return Ok(End::Done(Some(exit)));
+            }
             if let (VcpuExit::IoapicEoi { vector }, Snippet::Wait) = (exit, snippet) {
                 self.ended.push(vector);
                 continue;
@@ -246,6 +250,9 @@ fn seen(
     data: Option<&[u8]>,
 ) -> Checked<Seen> {
     let Some(exit) = exit else { return Ok(Seen::ByKernel) };
+    if exit == VcpuExit::DirtyRingFull {
+        return Ok(Seen::ByVmm(exit));
+    }
     let is_the_access = match (exit, address) {
         (VcpuExit::Io(io), IoAddress::Pio(port)) => {
             let out = io.direction == IoDirection::Out;

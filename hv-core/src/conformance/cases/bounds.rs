@@ -141,12 +141,6 @@ fn vcpu_id_limit<P: Platform>(p: &P) -> Checked {
 
 fn memory<P: Platform>() -> Vec<Case<P>> {
     const BASE: u64 = 0x1_0000;
-    let ring = |p: &P, bytes: u64| -> Checked<(VmOf<P>, [u64; 4])> {
-        let vm = p.vm()?;
-        p.needs(&vm, Capability::DirtyLogRing)?;
-        Ok((vm, [bytes, 0, 0, 0]))
-    };
-    let no_ring = "no dirty ring";
     vec![
         Case::new(
             "slot-of-an-unknown-address-space",
@@ -168,24 +162,6 @@ fn memory<P: Platform>() -> Vec<Case<P>> {
                 Ok(vm.set_memory_slot(&slot(0, BASE, &memory))?)
             },
         ),
-        Case::new(
-            "dirty-ring-of-half-a-page",
-            "A dirty ring smaller than a page is refused with EINVAL.",
-            move |p: &P| {
-                let (vm, bytes) = ring(p, 2048)?;
-                refused(vm.enable_cap(Capability::DirtyLogRing, bytes), Errno::EINVAL)
-            },
-        )
-        .kernels(Kernels::Since(5, 11, no_ring)),
-        Case::new(
-            "dirty-ring-size-has-32-bits",
-            "Of the 64 bits for the size of a dirty ring KVM looks at 32.",
-            move |p: &P| {
-                let (vm, bytes) = ring(p, 1 << 32 | 65536)?;
-                Ok(vm.enable_cap(Capability::DirtyLogRing, bytes)?)
-            },
-        )
-        .kernels(Kernels::Measured("Linux 6.18")),
         Case::new(
             "dirty-manual-unknown-flag",
             "An unknown flag of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is refused with EINVAL.",

@@ -1,6 +1,6 @@
-//! `KVM_GET_DIRTY_LOG`, `KVM_CLEAR_DIRTY_LOG`, and the dirty ring that excludes them.
+//! `KVM_GET_DIRTY_LOG` and `KVM_CLEAR_DIRTY_LOG`.
 
-use crate::conformance::bench::{Bench, Drive, vcpu};
+use crate::conformance::bench::{Bench, Drive};
 use crate::conformance::expect::{refused, same};
 use crate::conformance::memory::{PAGE, pages, poke, slot};
 use crate::conformance::{Case, Checked, Kernels, Miss, Platform, RawRequest, Seen, VmOf};
@@ -15,7 +15,6 @@ const INITIALLY_SET: u64 = 2;
 pub(super) fn cases<P: Platform>() -> Vec<Case<P>> {
     let mut cases = get();
     cases.extend(clear());
-    cases.extend(ring());
     cases
 }
 
@@ -200,87 +199,6 @@ fn clear<P: Platform>() -> Vec<Case<P>> {
         .map(|case| case.kernels(since)),
     );
     cases
-}
-
-fn ring<P: Platform>() -> Vec<Case<P>> {
-    let since = Kernels::Since(5, 11, "no dirty ring");
-    let size = |name, rule, bytes: fn(u64) -> u64, errno| {
-        Case::new(name, rule, move |p: &P| {
-            let vm = p.vm()?;
-            let most = p.needs(&vm, Capability::DirtyLogRing)?;
-            let bytes = bytes(u64::from(most.unsigned_abs()));
-            refused(vm.enable_cap(Capability::DirtyLogRing, [bytes, 0, 0, 0]), errno)
-        })
-        .kernels(since)
-    };
-    let with_ring = |name, rule, check: fn(&VmOf<P>) -> Checked| {
-        Case::new(name, rule, move |p: &P| {
-            let vm = p.vm()?;
-            let most = p.needs(&vm, Capability::DirtyLogRing)?;
-            vm.enable_cap(Capability::DirtyLogRing, [most.unsigned_abs().into(), 0, 0, 0])?;
-            check(&vm)
-        })
-        .kernels(since)
-    };
-    vec![
-        size(
-            "dirty-ring-too-small",
-            "A dirty ring smaller than the entries KVM reserves is refused with EINVAL.",
-            |_| 16,
-            Errno::EINVAL,
-        ),
-        size(
-            "dirty-ring-too-large",
-            "A dirty ring larger than the capability's value is refused with E2BIG.",
-            |most| most * 2,
-            Errno::E2BIG,
-        ),
-        size(
-            "dirty-ring-no-power-of-two",
-            "A dirty ring whose size is no power of two is refused with EINVAL.",
-            |most| most - 4096,
-            Errno::EINVAL,
-        ),
-        size(
-            "dirty-ring-empty",
-            "A dirty ring of no bytes is refused with EINVAL.",
-            |_| 0,
-            Errno::EINVAL,
-        ),
-        Case::new(
-            "dirty-ring-after-vcpu",
-            "The dirty ring can't be enabled once a vCPU exists (EINVAL).",
-            |p: &P| {
-                let vm = p.vm()?;
-                let most = p.needs(&vm, Capability::DirtyLogRing)?;
-                let _vcpu = vcpu::<P>(&vm, 0)?;
-                let bytes = most.unsigned_abs().into();
-                refused(vm.enable_cap(Capability::DirtyLogRing, [bytes, 0, 0, 0]), Errno::EINVAL)
-            },
-        )
-        .kernels(since),
-        with_ring(
-            "dirty-ring-twice",
-            "The dirty ring can't be enabled a second time (EINVAL).",
-            |vm| refused(vm.enable_cap(Capability::DirtyLogRing, [65536, 0, 0, 0]), Errno::EINVAL),
-        ),
-        with_ring(
-            "dirty-ring-excludes-the-log",
-            "With a dirty ring KVM_GET_DIRTY_LOG is refused with ENXIO.",
-            |vm| {
-                vm.set_memory_slot(&logging(0, &pages(1)?))?;
-                refused(vm.dirty_log(SlotId(0), &mut [0]), Errno::ENXIO)
-            },
-        ),
-        with_ring(
-            "dirty-ring-excludes-clearing",
-            "With a dirty ring KVM_CLEAR_DIRTY_LOG is refused with ENXIO.",
-            |vm| {
-                vm.set_memory_slot(&logging(0, &pages(64)?))?;
-                refused(vm.clear_dirty_log(SlotId(0), 0, 64, &[0]), Errno::ENXIO)
-            },
-        ),
-    ]
 }
 
 /// Slot `id` at [`BASE`] that logs.

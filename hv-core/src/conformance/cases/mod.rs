@@ -4,6 +4,7 @@ mod bounds;
 mod capabilities;
 mod corners;
 mod dirty;
+mod dirty_rings;
 mod exits;
 mod ioevents;
 mod irqfds;
@@ -37,6 +38,7 @@ pub fn cases<P: Platform>() -> Vec<Case<P>> {
         ioevents::cases(),
         slots::cases(),
         dirty::cases(),
+        dirty_rings::cases(),
         zones::cases(),
         corners::cases(),
     ];
