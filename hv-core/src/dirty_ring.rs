@@ -61,6 +61,9 @@ pub struct DirtyGfn {
 impl DirtyGfn {
     /// The page KVM has reported and the VMM has not collected, with all that KVM did before it
     /// (load-acquire).
+    ///
+    /// KVM makes a page writable and reports it before the guest's write is made, and may report it
+    /// more often than it had to.
     #[must_use]
     pub fn dirty(&self) -> Option<DirtyPage> {
         (self.flags.load(Ordering::Acquire) & (DIRTY | RESET) == DIRTY).then(|| self.page())
@@ -70,9 +73,9 @@ impl DirtyGfn {
     /// it has been read. Only the consumer of the ring may do this, once, and in the order of the
     /// ring: KVM stops at the first entry that is not collected.
     ///
-    /// The page stays writable, and is not reported again, until
-    /// [`MemoryBackend::reset_dirty_rings`](crate::MemoryBackend::reset_dirty_rings): read its
-    /// contents after that, not before.
+    /// The page stays writable, and need not be reported again, until
+    /// [`MemoryBackend::reset_dirty_rings`](crate::MemoryBackend::reset_dirty_rings). So its contents
+    /// are to be read after that, not before: what changes later is reported again.
     pub fn collect(&self) {
         self.flags.store(RESET, Ordering::Release);
     }

