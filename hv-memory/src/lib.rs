@@ -1,6 +1,7 @@
 //! Guest memory for KVM, over vm-memory: RAM, memory slots, ioeventfds.
 //!
-//! - [`RamLayout`] says where RAM goes, [`GuestRam`] maps it before the VM exists.
+//! - [`RamLayout`] says where RAM goes, [`Backing`] what it is made of, [`GuestRam`] maps it before
+//!   the VM exists.
 //! - [`SlotManager`] knows the slots of a VM and hands out their owners, [`Slot`].
 //! - [`IoEventRegistry`] knows its ioeventfds and hands out their owners, [`IoEventHandle`].
 //! - [`Mapping`] is host memory, [`GuestRange`] a range of guest-physical addresses.
@@ -8,17 +9,20 @@
 //! Generic over [`hv_core::MemoryBackend`] and [`hv_core::IoEventBackend`]. Nothing here assumes a
 //! number of slots or an address map.
 
+mod backing;
 mod ioevent;
 mod layout;
-mod mapping;
 mod ram;
 mod range;
 mod slot;
 
+pub use backing::{
+    Backing, BackingFile, FileError, FileProblem, HugePageSize, HugePages, KeepMapped, KeptSize,
+    MapError, Mapping, PrefaultError, Progress, Sharing,
+};
 pub use ioevent::{IoEventError, IoEventHandle, IoEventMatch, IoEventRegistry};
 pub use layout::{LayoutError, RamLayout};
-pub use mapping::{MapError, Mapping};
-pub use ram::{GuestRam, RamError};
+pub use ram::{GuestRam, RamError, RamMemory};
 pub use range::GuestRange;
 pub use slot::{NewSlot, Slot, SlotError, SlotInfo, SlotLimits, SlotManager, VcpusPaused};
 

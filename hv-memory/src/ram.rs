@@ -4,19 +4,23 @@
 //! slot added later waits for a grace period of the kernel, 5 to 8 ms). It must not know slots
 //! beyond numbering them: the [`crate::SlotManager`] looks after them once the VM is there.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use hv_core::{Errno, HostRange, MemorySlot, SlotFlags, SlotId};
 use thiserror::Error;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap};
 
-use crate::{GuestRange, MapError, Mapping, RamLayout};
+use crate::backing::KeepMapped;
+use crate::{
+    Backing, FileError, GuestRange, MapError, Mapping, PrefaultError, Progress, RamLayout,
+};
 
 /// Why a guest's RAM could not be made.
 #[derive(Debug, Error)]
 pub enum RamError {
     /// The host did not give the memory.
-    #[error("no memory for the guest's RAM at {range}: {error}")]
+    #[error("the guest's RAM at {range}: {error}")]
     Map {
         /// The range that was to be backed.
         range: GuestRange,
@@ -27,6 +31,9 @@ pub enum RamError {
     #[error("the guest's RAM can't be put together: {0}")]
     Regions(#[from] GuestRegionCollectionError),
 }
+
+/// The memory of a guest as vm-memory knows it. It stays mapped for as long as a clone of it lives.
+pub type RamMemory = GuestMemoryMmap<KeepMapped>;
 
 /// The RAM of a guest.
 ///
@@ -41,7 +48,7 @@ pub enum RamError {
 /// ```
 #[derive(Debug)]
 pub struct GuestRam {
-    memory: GuestMemoryMmap,
+    memory: RamMemory,
     slots: Vec<MemorySlot>,
     mappings: Vec<(GuestRange, Arc<Mapping>)>,
 }
@@ -52,7 +59,7 @@ impl GuestRam {
     /// # Errors
     /// The range the host has no memory for, and why.
     pub fn new(layout: &RamLayout) -> Result<Self, RamError> {
-        Self::map(layout, Mapping::anonymous)
+        Self::backed(layout, &Backing::anonymous())
     }
 
     /// The same in memory whose pages can be [remapped](Self::remap_page).
@@ -60,19 +67,24 @@ impl GuestRam {
     /// # Errors
     /// The range the host has no memory for, and why.
     pub fn shared(layout: &RamLayout) -> Result<Self, RamError> {
-        Self::map(layout, Mapping::shared)
+        Self::backed(layout, &Backing::memfd())
     }
 
-    fn map(
-        layout: &RamLayout,
-        mapping: fn(u64) -> Result<Mapping, MapError>,
-    ) -> Result<Self, RamError> {
+    /// Maps every range of `layout` in memory made as `backing` says. In a file they follow each
+    /// other, without the holes between them.
+    ///
+    /// # Errors
+    /// The range that can't be had, and why. Nothing is mapped then.
+    pub fn backed(layout: &RamLayout, backing: &Backing) -> Result<Self, RamError> {
         let mut regions = Vec::new();
         let mut slots = Vec::new();
         let mut mappings = Vec::new();
+        let mut before = 0;
         for (id, &range) in (0..).zip(layout.ranges()) {
             let refused = |error| RamError::Map { range, error };
-            let mapping = Arc::new(mapping(range.len()).map_err(refused)?);
+            let mapping = backing.after(before).and_then(|backing| backing.map(range.len()));
+            let mapping = Arc::new(mapping.map_err(refused)?);
+            before += range.len(); // a layout is no longer than an address space
             mappings.push((range, mapping.clone()));
             let region = mapping.region();
             let len = region.size();
@@ -80,8 +92,8 @@ impl GuestRam {
                 (GuestRegionMmap::with_arc(region, range.start()), HostRange::new(mapping, 0, len))
             else {
                 // A layout has no range that wraps, and a mapping all of its bytes.
-                let error = MapError { len: range.len(), call: "mmap", errno: Errno::EINVAL };
-                return Err(refused(error));
+                let (len, errno) = (range.len(), Errno::EINVAL);
+                return Err(refused(MapError::System { len, call: "mmap", errno }));
             };
             regions.push(region);
             let flags = SlotFlags::default();
@@ -90,9 +102,50 @@ impl GuestRam {
         Ok(Self { memory: GuestMemoryMmap::from_regions(regions)?, slots, mappings })
     }
 
+    /// Gives all of it memory of the host now ([`Mapping::prefault`]). `progress` is told of all RAM.
+    ///
+    /// # Errors
+    /// The host has no page, or `progress` stopped it.
+    pub fn prefault(
+        &self,
+        mut progress: impl FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<(), PrefaultError> {
+        let total = self.mappings.iter().map(|(range, _)| range.len()).sum();
+        let mut before = 0;
+        for (range, mapping) in &self.mappings {
+            let of_all = |done| Progress { done: before + done, total };
+            let mut stopped = None;
+            let result = mapping.prefault(|progress_of_range| {
+                let told = of_all(progress_of_range.done);
+                let flow = progress(told);
+                if flow.is_break() && told.done < total {
+                    stopped = Some(told);
+                }
+                flow
+            });
+            match (stopped, result) {
+                (Some(told), _) => return Err(PrefaultError::Stopped(told)),
+                (_, Err(PrefaultError::Page { progress, errno })) => {
+                    return Err(PrefaultError::Page { progress: of_all(progress.done), errno });
+                }
+                (_, result) => result?,
+            }
+            before += range.len();
+        }
+        Ok(())
+    }
+
+    /// Looks whether a file behind it still has all of it ([`Mapping::check`]).
+    ///
+    /// # Errors
+    /// The file became shorter.
+    pub fn check(&self) -> Result<(), FileError> {
+        self.mappings.iter().try_for_each(|(_, mapping)| mapping.check())
+    }
+
     /// The memory, for loaders and devices. Its clones share it.
     #[must_use]
-    pub fn memory(&self) -> &GuestMemoryMmap {
+    pub fn memory(&self) -> &RamMemory {
         &self.memory
     }
 
@@ -107,7 +160,7 @@ impl GuestRam {
             return Ok(false);
         };
         let offset = guest.0 - range.start().0;
-        let page = offset - offset % crate::page_size();
+        let page = offset - offset % mapping.page_size();
         mapping.remap(page).map_err(|error| RamError::Map { range: *range, error })
     }
 
@@ -121,6 +174,7 @@ impl GuestRam {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{BackingFile, FileProblem, KeptSize, Sharing};
     use std::sync::atomic::Ordering;
     use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -166,6 +220,83 @@ mod tests {
         slot.host.bytes()[5].store(9, Ordering::Relaxed);
         drop(ram);
         assert_eq!(slot.host.bytes()[5].load(Ordering::Relaxed), 9);
+    }
+
+    #[test]
+    fn ranges_follow_each_other_in_a_file() {
+        let page = crate::page_size();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4 * page).unwrap();
+        let hole = GuestRange::new(GuestAddress(page), 3 * page).unwrap();
+        let layout = RamLayout::new(3 * page, &[hole], 46).unwrap();
+        let open = || {
+            BackingFile::open(file.path(), Sharing::Shared, KeptSize::Promised).unwrap().at(page)
+        };
+        let ram = GuestRam::backed(&layout, &Backing::file(open())).unwrap();
+        ram.memory().write_obj(1u8, GuestAddress(0)).unwrap();
+        ram.memory().write_obj(2u8, GuestAddress(4 * page)).unwrap();
+        ram.memory().write_obj(3u8, GuestAddress(6 * page - 1)).unwrap();
+        let bytes = std::fs::read(file.path()).unwrap();
+        let at = |at: u64| bytes[at as usize];
+        assert_eq!([at(0), at(page), at(2 * page), at(4 * page - 1)], [0, 1, 2, 3]);
+        assert_eq!(ram.check(), Ok(()));
+
+        drop(ram);
+        file.as_file().set_len(4 * page - 1).unwrap();
+        let error = GuestRam::backed(&layout, &Backing::file(open())).unwrap_err();
+        let RamError::Map { range, error: MapError::File(error) } = error else {
+            panic!("{error}")
+        };
+        assert_eq!(range, layout.ranges()[1]);
+        let short = FileProblem::TooShort { size: 4 * page - 1, offset: 2 * page, len: 2 * page };
+        assert_eq!(error.problem, short);
+    }
+
+    #[test]
+    fn ram_tells_when_its_file_becomes_shorter() {
+        let page = crate::page_size();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(2 * page).unwrap();
+        let backing = BackingFile::open(file.path(), Sharing::Shared, KeptSize::Promised).unwrap();
+        let layout = RamLayout::new(2 * page, &[], 46).unwrap();
+        let ram = GuestRam::backed(&layout, &Backing::file(backing)).unwrap();
+        file.as_file().set_len(page).unwrap();
+        let shrunk = FileProblem::Shrunk { size: page, needed: 2 * page };
+        assert_eq!(ram.check().unwrap_err().problem, shrunk);
+        let PrefaultError::File(error) = ram.prefault(|_| ControlFlow::Continue(())).unwrap_err()
+        else {
+            panic!("not an error of the file")
+        };
+        assert_eq!(error.problem, shrunk);
+    }
+
+    #[test]
+    fn prefaulting_counts_all_ranges_and_stops_between_them() {
+        let ram = two_pages_apart();
+        let mut told = Vec::new();
+        let mut tell = |progress: Progress| {
+            told.push((progress.done, progress.total));
+            ControlFlow::Continue(())
+        };
+        ram.prefault(&mut tell).unwrap();
+        assert_eq!(told, [(0x1000, 0x3000), (0x3000, 0x3000)]);
+        let stopped = ram.prefault(|_| ControlFlow::Break(())).unwrap_err();
+        assert_eq!(stopped, PrefaultError::Stopped(Progress { done: 0x1000, total: 0x3000 }));
+        // Nothing is left to stop.
+        let last = |p: Progress| match p.done < p.total {
+            true => ControlFlow::Continue(()),
+            false => ControlFlow::Break(()),
+        };
+        assert_eq!(ram.prefault(last), Ok(()));
+    }
+
+    #[test]
+    fn the_memory_lives_as_long_as_a_clone_of_it() {
+        let ram = two_pages_apart();
+        ram.memory().write_obj(0xa5_u8, GuestAddress(0x5fff)).unwrap();
+        let memory = ram.memory().clone();
+        drop(ram);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x5fff)).unwrap(), 0xa5);
     }
 
     #[test]

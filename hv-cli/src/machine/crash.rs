@@ -5,8 +5,9 @@
 use std::fmt;
 
 use hv_core::Vcpu;
+use hv_memory::RamMemory;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::complete::{NotCompleted, disassemble};
 
@@ -31,7 +32,7 @@ const MAX_INSTRUCTION: usize = 15;
 impl CrashReport {
     /// Reads the state of `vcpu`. `bytes` are those of the instruction if KVM gave them; else they
     /// are read from guest memory.
-    pub fn collect<V: Vcpu>(vcpu: &V, memory: &GuestMemoryMmap<()>, bytes: &[u8]) -> Self {
+    pub fn collect<V: Vcpu>(vcpu: &V, memory: &RamMemory, bytes: &[u8]) -> Self {
         let (regs, sregs) = (vcpu.regs().ok(), vcpu.sregs().ok());
         let instruction = match (&regs, &sregs) {
             (Some(regs), Some(sregs)) if bytes.is_empty() => {
@@ -54,7 +55,7 @@ impl CrashReport {
 }
 
 /// The bytes at a linear address, as far as the page reaches and RAM is behind it.
-fn fetch<V: Vcpu>(vcpu: &V, memory: &GuestMemoryMmap<()>, linear: u64) -> Vec<u8> {
+fn fetch<V: Vcpu>(vcpu: &V, memory: &RamMemory, linear: u64) -> Vec<u8> {
     let Ok(translation) = vcpu.translate(linear) else { return Vec::new() };
     if translation.valid == 0 {
         return Vec::new();
@@ -140,8 +141,8 @@ mod tests {
     use hv_core::{Errno, Error, Ioctl};
     use kvm_bindings::kvm_translation;
 
-    fn memory() -> GuestMemoryMmap<()> {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap();
+    fn memory() -> RamMemory {
+        let memory = RamMemory::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap();
         memory.write_slice(&[0x0f, 0x0b, 0x90], GuestAddress(0x1ffd)).unwrap();
         memory
     }

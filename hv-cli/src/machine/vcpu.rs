@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use hv_core::{InternalError, Vcpu, VcpuExit};
-use vm_memory::GuestMemoryMmap;
+use hv_memory::RamMemory;
 
 use super::crash::CrashReport;
 use super::exits::{ExitCounts, Next, Outside, answer};
@@ -27,7 +27,7 @@ pub struct VcpuThread<V> {
     /// What it reaches.
     pub outside: Arc<Outside>,
     /// Guest memory, for completing instructions and for crash reports.
-    pub memory: GuestMemoryMmap<()>,
+    pub memory: RamMemory,
     /// How the machine stops.
     pub stopper: Stopper,
     /// Completes what KVM can't emulate; `None` turns that off.
@@ -151,7 +151,7 @@ mod tests {
     }
 
     fn thread(vcpu: MockVcpu, stopper: Stopper) -> VcpuThread<MockVcpu> {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let memory = RamMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         VcpuThread { vcpu, outside: Arc::default(), memory, stopper, completer: None }
     }
 
