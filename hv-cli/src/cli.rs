@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use hv_core::DeviceChoice;
 
-use crate::config::{DeviceOption, IrqchipMode, KernelConfig, MemorySize, RunConfig};
+use crate::config::{
+    DeviceOption, HugePagesOption, IrqchipMode, KernelConfig, MemoryBacking, MemorySize, RunConfig,
+};
 use crate::exit_code::ExitCode;
 use crate::loader::Format;
 use crate::{doctor, probe, run};
@@ -31,6 +33,7 @@ Examples:
   hv run --kernel vmlinux --initrd initramfs.cpio --cpus 2 --memory 512M
   hv run --kernel bzImage --cmdline 'console=ttyS0 panic=-1'
   hv run --kernel test.flat --format multiboot --device isa-debug-exit --device testdev
+  hv run --memory 2G --hugepages thp --prefault
   hv run --trace calls.jsonl              what is asked of KVM, and how long it takes
   hv run --record run.jsonl               the same run again without KVM: for replay in tests
   hv doctor                               why VMs can't run here, and what to do
@@ -87,6 +90,19 @@ struct RunArgs {
     /// RAM, in MiB or with a unit: K, M, G, T
     #[arg(long, value_name = "SIZE", default_value = "128M")]
     memory: MemorySize,
+
+    /// Keep RAM in FILE, which must be at least as long, and which nobody may shorten. What is in it
+    /// is what RAM holds at first, and what the guest leaves
+    #[arg(long, value_name = "FILE")]
+    memory_file: Option<PathBuf>,
+
+    /// Use huge pages for RAM
+    #[arg(long, value_enum, value_name = "KIND", ignore_case = true)]
+    hugepages: Option<HugePagesOption>,
+
+    /// Give RAM all of its pages before the guest starts
+    #[arg(long)]
+    prefault: bool,
 
     /// Where the interrupt controllers are
     #[arg(long, value_enum, default_value_t)]
@@ -149,6 +165,11 @@ impl RunArgs {
             kvm: self.kvm.device,
             cpus: self.cpus.unwrap_or(default_cpus),
             memory: self.memory,
+            backing: MemoryBacking {
+                file: self.memory_file,
+                huge_pages: self.hugepages,
+                prefault: self.prefault,
+            },
             irqchip: self.irqchip,
             devices: self.devices,
             complete: !self.no_complete,

@@ -3,7 +3,7 @@
 //! Parsing refuses what can't be meant; what the host can't do is refused later, by what needs it.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use hv_core::DeviceChoice;
@@ -21,6 +21,8 @@ pub struct RunConfig {
     pub cpus: u32,
     /// RAM.
     pub memory: MemorySize,
+    /// What it is made of.
+    pub backing: MemoryBacking,
     /// The interrupt controllers.
     pub irqchip: IrqchipMode,
     /// Devices beyond those every machine has.
@@ -46,6 +48,39 @@ pub struct KernelConfig {
     pub initrd: Option<PathBuf>,
     /// The kernel command line; without one the loader chooses by the kernel's kind.
     pub cmdline: Option<String>,
+}
+
+impl KernelConfig {
+    /// The files of images, with the options that name them.
+    pub fn files(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let initrd = self.initrd.as_deref().map(|path| ("--initrd", path));
+        [("--kernel", self.path.as_path())].into_iter().chain(initrd)
+    }
+}
+
+/// What RAM is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MemoryBacking {
+    /// The file that holds it; memory of the process without one.
+    pub file: Option<PathBuf>,
+    /// Its huge pages; what the host is set to without a choice.
+    pub huge_pages: Option<HugePagesOption>,
+    /// Give it all of its pages before the guest starts.
+    pub prefault: bool,
+}
+
+/// Kinds of huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum HugePagesOption {
+    /// 2 MiB, of the pool of the kernel
+    #[value(name = "2M")]
+    Mib2,
+    /// 1 GiB, of the pool of the kernel
+    #[value(name = "1G")]
+    Gib1,
+    /// Transparent ones, when the kernel has them
+    #[value(name = "thp")]
+    Transparent,
 }
 
 /// Where the interrupt controllers of the machine are.

@@ -60,6 +60,12 @@ pub enum StopReason {
         /// The call.
         error: Error,
     },
+    /// KVM could not reach RAM and asked for a device instead, which it does where it emulates an
+    /// instruction.
+    LostMemory {
+        /// The guest-physical address.
+        address: u64,
+    },
     /// A thread of `hv` ended without saying why, which is a bug in `hv`.
     ThreadLost {
         /// The vCPU.
@@ -107,7 +113,9 @@ impl StopReason {
             StopReason::InternalError { .. }
             | StopReason::FailEntry { .. }
             | StopReason::UnexpectedExit { .. } => ExitCode::Internal,
-            StopReason::Failed { .. } | StopReason::ThreadLost { .. } => ExitCode::Vmm,
+            StopReason::Failed { .. }
+            | StopReason::LostMemory { .. }
+            | StopReason::ThreadLost { .. } => ExitCode::Vmm,
             StopReason::UserQuit | StopReason::Signal(_) => ExitCode::Stopped,
         };
         code as u8
@@ -142,6 +150,9 @@ impl std::fmt::Display for StopReason {
                 write!(f, "vCPU {vcpu} stopped with an exit hv has no answer for: {exit:?}")
             }
             StopReason::Failed { vcpu, error } => write!(f, "vCPU {vcpu}: {error}"),
+            StopReason::LostMemory { address } => {
+                write!(f, "KVM could not reach the guest's memory at {address:#x}")
+            }
             StopReason::ThreadLost { vcpu } => {
                 write!(f, "the thread of vCPU {vcpu} ended unexpectedly; please report this")
             }

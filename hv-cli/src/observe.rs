@@ -37,14 +37,14 @@ pub enum ObserveError {
         /// Its name.
         file: String,
     },
-    /// It is an image to be read.
+    /// It is an image to be read, or the guest's memory.
     #[error("{option} '{file}' would overwrite what {image} names; give it another file")]
     Image {
         /// `--trace` or `--record`.
         option: &'static str,
         /// Its name.
         file: String,
-        /// `--kernel` or `--initrd`.
+        /// `--kernel`, `--initrd` or `--memory-file`.
         image: &'static str,
     },
     /// The trace could not be written to its end.
@@ -123,7 +123,7 @@ impl Observers {
             return Err(ObserveError::Same { file: record.name.clone() });
         }
         for output in trace.iter().chain(&record) {
-            output.spares(config.kernel.as_ref())?;
+            output.spares(config)?;
         }
         let trace = trace.map(Output::emptied).transpose()?;
         let record = record.map(Output::emptied).transpose()?;
@@ -184,11 +184,11 @@ impl Output {
         }
     }
 
-    /// Fails if it is an image of the machine.
-    fn spares(&self, kernel: Option<&KernelConfig>) -> Result<(), ObserveError> {
-        let kernel_path = kernel.map(|kernel| ("--kernel", kernel.path.as_path()));
-        let initrd = kernel.and_then(|kernel| Some(("--initrd", kernel.initrd.as_deref()?)));
-        for (image, path) in kernel_path.into_iter().chain(initrd) {
+    /// Fails if it is an image of the machine, or its memory.
+    fn spares(&self, config: &RunConfig) -> Result<(), ObserveError> {
+        let images = config.kernel.iter().flat_map(KernelConfig::files);
+        let memory = config.backing.file.iter().map(|file| ("--memory-file", file.as_path()));
+        for (image, path) in images.chain(memory) {
             // One that can't be looked at is refused by who opens it.
             if std::fs::metadata(path).is_ok_and(|other| is_same(&self.metadata, &other)) {
                 let (option, file) = (self.option, self.name.clone());
@@ -213,7 +213,8 @@ fn failed(option: &'static str, file: String, error: &io::Error) -> ObserveError
     ObserveError::Open { option, file, errno: Errno::from(error) }
 }
 
-fn is_same(a: &Metadata, b: &Metadata) -> bool {
+/// Whether they are of one file.
+pub(crate) fn is_same(a: &Metadata, b: &Metadata) -> bool {
     (a.dev(), a.ino()) == (b.dev(), b.ino())
 }
 

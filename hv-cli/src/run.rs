@@ -125,6 +125,9 @@ fn report(outcome: &Outcome) {
     for crash in &outcome.crashes {
         say(crash);
     }
+    if let Some(error) = &outcome.lost_memory {
+        say(format_args!("hv: {ERROR}error:{ERROR:#} --memory-file {error}"));
+    }
     let style = match outcome.reason {
         StopReason::PowerOff | StopReason::Reset | StopReason::DebugExit { .. } => Style::new(),
         StopReason::UserQuit | StopReason::Signal(_) => WARNING,

@@ -68,6 +68,100 @@ fn memory_that_can_not_be() {
     refused_in_one_line(&["--memory", "5K"], 2, &["--memory"]);
 }
 
+fn file(len: u64) -> Image {
+    let image = Image::new(b"");
+    std::fs::File::options().write(true).open(image.path()).unwrap().set_len(len).unwrap();
+    image
+}
+
+#[test]
+fn memory_files_that_can_not_be() {
+    let refused = |args: &[&str], says: &[&str]| {
+        refused_in_one_line(args, 2, &[&["--memory-file"], says].concat());
+    };
+    let long = file(2 << 20);
+    refused(&["--memory-file", "/no/such/file"], &["/no/such/file", "ENOENT", "truncate -s"]);
+    refused(&["--memory-file", "/"], &["directory"]);
+    refused(&["--memory-file", "/dev/zero"], &["/dev/zero", "character device"]);
+    refused(&["--memory-file", "/no/such/a\nb\u{1b}[31m"], &["a\\nb\\u{1b}"]);
+    let sizes = ["0x200000 bytes", "0x300000", "truncate -s 3145728", long.path()];
+    refused(&["--memory", "3M", "--memory-file", long.path()], &sizes);
+    let huge = ["--memory", "2M", "--memory-file", long.path(), "--hugepages", "2M"];
+    refused(&huge, &["hugetlbfs"]);
+    let observed = ["--memory", "2M", "--memory-file", long.path(), "--trace", long.path()];
+    refused(&observed, &["--trace", "overwrite"]);
+    assert_eq!(std::fs::metadata(long.path()).unwrap().len(), 2 << 20);
+
+    let kernel = Image::linux(&[0xf4]);
+    let len = std::fs::metadata(kernel.path()).unwrap().len();
+    let args = ["--kernel", kernel.path(), "--memory-file", kernel.path()];
+    refused(&args, &["--kernel", "overwrite", kernel.path()]);
+    assert_eq!(std::fs::metadata(kernel.path()).unwrap().len(), len);
+
+    let locked = std::fs::File::open(long.path()).unwrap();
+    locked.lock_shared().unwrap();
+    refused(&["--memory", "2M", "--memory-file", long.path()], &[long.path(), "in use"]);
+    drop(locked);
+    // Nothing is wrong with it: then KVM is asked for.
+    refused_in_one_line(&["--memory", "2M", "--memory-file", long.path()], 4, &["/no/such/kvm"]);
+}
+
+#[test]
+fn huge_pages_that_can_not_be() {
+    refused(&["--hugepages", "4M"], 2, &["--hugepages", "2M", "1G", "thp"]);
+    let unaligned = ["0x500000", "0x200000", "--hugepages"];
+    refused_in_one_line(&["--memory", "5M", "--hugepages", "2M"], 2, &unaligned);
+    refused_in_one_line(&["--memory", "128M", "--hugepages", "1g"], 2, &["0x40000000"]);
+    // In either case a host without KVM; what is asserted of huge pages is in hv-memory.
+    for args in [["--memory", "2M", "--hugepages", "2M"], ["--memory", "2M", "--hugepages", "thp"]]
+    {
+        let ran = run(&args);
+        assert_eq!(ran.code, Some(4), "{ran:?}");
+        let had = ran.stderr.contains("/no/such/kvm");
+        let refused = ran.stderr.starts_with("hv: error: --hugepages: ")
+            && (ran.stderr.contains("nr_hugepages")
+                || ran.stderr.contains("no huge pages of 2 MiB")
+                || ran.stderr.contains("transparent_hugepage"));
+        assert!(had != refused, "{ran:?}");
+    }
+}
+
+#[test]
+fn populating_memory_is_shown_on_a_terminal_only() {
+    use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+    use std::process::{Command, Stdio};
+    let args = [&["run", "--memory", "65M", "--prefault"], &NO_KVM[..]].concat();
+    let ran = hv(&args);
+    assert_eq!(ran.code, Some(4), "{ran:?}");
+    assert!(
+        ran.stderr.starts_with("hv: error: ") && ran.stderr.contains("/no/such/kvm"),
+        "{ran:?}"
+    );
+
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let screen = openpt(flags).unwrap();
+    grantpt(&screen).unwrap();
+    unlockpt(&screen).unwrap();
+    let terminal = ioctl_tiocgptpeer(&screen, flags).unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_hv"))
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(terminal)
+        .spawn()
+        .unwrap();
+    // The last of the terminal's users gone, reading it is an error.
+    let (mut shown, mut buffer) = (Vec::new(), [0; 4096]);
+    while let Ok(n @ 1..) = rustix::io::read(&screen, &mut buffer) {
+        shown.extend_from_slice(&buffer[..n]);
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(4));
+    let shown = String::from_utf8(shown).unwrap();
+    let line = "\rhv: populating memory: 98% of 65 MiB\rhv: populating memory: 100% of 65 MiB";
+    assert!(shown.starts_with(&format!("{line}\r\u{1b}[K")), "{shown:?}");
+    assert!(shown.contains("/no/such/kvm"), "{shown:?}");
+}
+
 #[test]
 fn images_that_are_none() {
     let text = Image::new(b"not a kernel at all");

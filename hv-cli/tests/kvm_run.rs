@@ -56,6 +56,61 @@ fn with_one_processor_the_checks_of_the_second_do_not_apply() {
 }
 
 #[test]
+fn memory_in_a_file_holds_what_the_last_guest_left() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(32 << 20).unwrap();
+    let path = file.path().to_str().unwrap();
+    let args = ["run", "--memory", "32M", "--memory-file", path, "--prefault"];
+    for _ in 0..2 {
+        let ran = hv(&args);
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        assert!(ran.stdout.contains("20 passed, 0 failed, 0 not applicable"), "{}", ran.stdout);
+    }
+    assert!(std::fs::read(path).unwrap().iter().any(|byte| *byte != 0));
+    assert_eq!(std::fs::metadata(path).unwrap().len(), 32 << 20);
+}
+
+#[test]
+fn a_guest_whose_memory_file_is_shortened_ends_and_hv_says_why() {
+    const MIB: u64 = 1 << 20;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(128 * MIB).unwrap();
+    let path = file.path().to_str().unwrap();
+    let image = Image::linux(&[
+        0x66, 0xba, 0xf8, 0x03, //             mov dx, 0x3f8
+        0xb0, b'r', //                         mov al, 'r'
+        0xee, //                               out dx, al
+        0xbb, 0x00, 0x00, 0x00, 0x02, //       mov ebx, 32 MiB
+        0x80, 0x3b, 0x00, //                   wait: cmp byte [rbx], 0
+        0x74, 0xfb, //                         je wait
+        0xbb, 0x00, 0x00, 0x00, 0x06, //       mov ebx, 96 MiB
+        0xc6, 0x03, 0x01, //                   mov byte [rbx], 1
+        0xf4, //                               hlt
+    ]);
+    let mut running = Running::start(&["run", "--kernel", image.path(), "--memory-file", path]);
+    running.wait_for("r");
+    file.as_file().set_len(64 * MIB).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(file.as_file(), &[1], 32 * MIB).unwrap();
+    let ran = running.finish();
+    assert_eq!(ran.code, Some(4), "{ran:?}");
+    // KVM fails to run it, or asks for a device there if it emulates the instruction.
+    let failed = ran.stderr.contains("KVM_RUN") && ran.stderr.contains("EFAULT");
+    let emulated = ran.stderr.contains("KVM could not reach the guest's memory at 0x6000000");
+    assert!(failed != emulated, "{}", ran.stderr);
+    let lost = "it was shortened to 0x4000000 bytes while 0x8000000 of it were the memory";
+    assert!(ran.stderr.contains(lost) && ran.stderr.contains(path), "{}", ran.stderr);
+}
+
+#[test]
+fn transparent_huge_pages_or_the_reason_why_not() {
+    let ran = hv(&["run", "--hugepages", "thp", "--prefault"]);
+    match ran.code {
+        Some(0) => {}
+        _ => assert!(ran.stderr.contains("/sys/kernel/mm/transparent_hugepage"), "{ran:?}"),
+    }
+}
+
+#[test]
 fn kvm_can_be_an_inherited_descriptor() {
     let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").unwrap();
     rustix::io::fcntl_setfd(&kvm, rustix::io::FdFlags::empty()).unwrap();

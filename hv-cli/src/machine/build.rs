@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use hv_core::init::{self, InitError, Irqchip, Record};
 use hv_core::{Capability, DeviceChoice, Error, Hypervisor, OpenError, SlotId, Vcpu, Vm};
 use hv_irq::RouterError;
-use hv_memory::{GuestRam, GuestRange, LayoutError, RamError, RamLayout, page_size};
+use hv_memory::{GuestRam, page_size};
 use vm_memory::GuestAddress;
 
 use super::Machine;
@@ -17,11 +17,12 @@ use super::cpu::{CpuidConfig, cpuid, set_firmware_state};
 use super::exits::Outside;
 use super::host::HostFacts;
 use super::interrupts::Interrupts;
+use super::ram::{self, LostMemory, MemoryError};
 use super::stop::Stopper;
 use super::vcpu::VcpuThread;
 use crate::acpi::{self, AcpiConfig, AcpiError};
 use crate::complete::Completer;
-use crate::config::{DeviceOption, IrqchipMode, KernelConfig, MemorySize, RunConfig};
+use crate::config::{DeviceOption, IrqchipMode, KernelConfig, RunConfig};
 use crate::console::{Console, Wire};
 use crate::devices::{
     Com1, DebugExit, I8042, Latch, PageRemap, PowerControl, ResetPort, Rtc, Scratch, SetIrq,
@@ -38,30 +39,9 @@ pub enum BuildError {
     /// The kernel or the initrd can't be used.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// This memory can't be laid out.
-    #[error("--memory {size}: {error}")]
-    Layout {
-        /// What was asked for.
-        size: MemorySize,
-        /// Why not.
-        error: LayoutError,
-    },
-    /// More memory than the host has.
-    #[error("--memory {asked} is more than the host has ({host}): ask for less")]
-    MoreThanHost {
-        /// What was asked for.
-        asked: MemorySize,
-        /// What there is.
-        host: MemorySize,
-    },
-    /// The host does not give the memory.
-    #[error("--memory {size}: {error}")]
-    Ram {
-        /// What was asked for.
-        size: MemorySize,
-        /// Why not.
-        error: RamError,
-    },
+    /// There is no memory for it.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// Init failed.
     #[error(transparent)]
     Init(#[from] InitError),
@@ -98,9 +78,8 @@ impl BuildError {
     #[must_use]
     pub fn is_usage(&self) -> bool {
         match self {
+            Self::Memory(error) => error.is_usage(),
             Self::Load(_)
-            | Self::Layout { .. }
-            | Self::MoreThanHost { .. }
             | Self::Bus(_)
             | Self::NoRam(_)
             | Self::Acpi(_)
@@ -148,7 +127,7 @@ where
         if images.is_none() && config.cpus > MAX_BUILT_IN_CPUS {
             return Err(BuildError::TooManyForBuiltIn(config.cpus));
         }
-        let ram = Arc::new(ram(config, host)?);
+        let ram = Arc::new(ram::ram(config, host)?);
         let mut init = init_config(config, &ram);
         let parts = if images.is_none() { Some(Parts::new()?) } else { None };
         if let Some(parts) = &parts {
@@ -205,34 +184,22 @@ where
             vcpus.push(VcpuThread {
                 vcpu,
                 outside: outside.clone(),
-                memory: ram.memory().clone(),
+                ram: ram.clone(),
                 stopper: stopper.clone(),
                 completer: config.complete.then(Completer::default),
             });
         }
-        Ok(Self { vcpus, console, checks, stopper, interrupts, record, _hypervisor: hypervisor })
+        Ok(Self {
+            vcpus,
+            console,
+            checks,
+            stopper,
+            interrupts,
+            ram,
+            record,
+            _hypervisor: hypervisor,
+        })
     }
-}
-
-/// The RAM of the machine, mapped.
-fn ram(config: &RunConfig, host: &HostFacts) -> Result<GuestRam, BuildError> {
-    let size = config.memory;
-    if size > host.memory {
-        return Err(BuildError::MoreThanHost { asked: size, host: host.memory });
-    }
-    let hole = GuestRange::new(
-        GuestAddress(layout::MMIO_HOLE_START),
-        layout::MMIO_HOLE_END - layout::MMIO_HOLE_START,
-    );
-    let holes: Vec<_> = hole.into_iter().collect();
-    let layout = RamLayout::new(size.0, &holes, host.physical_address_bits)
-        .map_err(|error| BuildError::Layout { size, error })?;
-    // Only shared memory has pages that can be taken away and given back.
-    let ram = match config.devices.contains(&DeviceOption::Testdev) {
-        true => GuestRam::shared(&layout),
-        false => GuestRam::new(&layout),
-    };
-    ram.map_err(|error| BuildError::Ram { size, error })
 }
 
 fn init_config(config: &RunConfig, ram: &GuestRam) -> init::Config {
@@ -299,6 +266,11 @@ fn legacy_devices(
     let map = MemoryMap::new(ram.memory(), &[]);
     let below_4g = map.ram_below(layout::MMIO_HOLE_END);
     let rtc = Rtc::new(below_4g, map.ram_below(u64::MAX) - below_4g);
+    for slot in ram.slots() {
+        let (start, len) = (slot.guest.0, slot.host.len() as u64);
+        let lost = LostMemory { start, stopper: stopper.clone() };
+        put(&mut outside.memory, "RAM", start, len, lost)?;
+    }
     let ports = &mut outside.ports;
     ports.insert("COM1", layout::COM1_PORT.into(), 8, console.com1.clone())?;
     put(ports, "i8042", 0x60, 5, I8042::new(stopper.clone()))?;

@@ -8,15 +8,17 @@ pub mod crash;
 pub mod exits;
 pub mod host;
 mod interrupts;
+pub mod ram;
 pub mod stop;
 pub mod vcpu;
 
 use std::fmt;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use hv_core::init::Record;
 use hv_core::{Errno, Hypervisor, Vcpu, Vm};
+use hv_memory::{FileError, GuestRam};
 
 use crate::complete::Counts;
 use crate::console::Console;
@@ -37,6 +39,7 @@ pub struct Machine<H: Hypervisor> {
     checks: Option<Checks>,
     stopper: Stopper,
     interrupts: Interrupts<H::Vm>,
+    ram: Arc<GuestRam>,
     record: Record,
     /// Last: a VM goes before its hypervisor.
     _hypervisor: H,
@@ -73,6 +76,8 @@ pub struct Outcome {
     pub crashes: Vec<CrashReport>,
     /// Bytes the guest sent to the serial port that could not be written.
     pub lost_output: u64,
+    /// The file of the guest's memory, if it became shorter.
+    pub lost_memory: Option<FileError>,
 }
 
 impl<H> Machine<H>
@@ -105,7 +110,7 @@ where
         self,
         serve: impl FnOnce(&Console) -> Result<(), TerminalError>,
     ) -> Result<Outcome, RunError> {
-        let Self { vcpus, console, stopper, interrupts, .. } = self;
+        let Self { vcpus, console, stopper, interrupts, ram, .. } = self;
         let outside = vcpus.first().map(|vcpu| vcpu.outside.clone());
         // All before the first runs, so that a stop kicks each of them once, however soon it comes.
         for vcpu in &vcpus {
@@ -134,6 +139,7 @@ where
             completed: Counts::default(),
             crashes: Vec::new(),
             lost_output: 0,
+            lost_memory: None,
         };
         for thread in threads {
             // One that unwound has said so by the reason.
@@ -145,6 +151,7 @@ where
         }
         outcome.unclaimed = outside.map_or(0, |o| o.ports.unclaimed() + o.memory.unclaimed());
         outcome.lost_output = console.com1.lock().unwrap_or_else(PoisonError::into_inner).lost();
+        outcome.lost_memory = ram.check().err();
         drop(interrupts);
         result.map(|()| outcome)
     }

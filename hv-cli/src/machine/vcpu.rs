@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use hv_core::{InternalError, Vcpu, VcpuExit};
-use hv_memory::RamMemory;
+use hv_memory::GuestRam;
 
 use super::crash::CrashReport;
 use super::exits::{ExitCounts, Next, Outside, answer};
@@ -27,7 +27,7 @@ pub struct VcpuThread<V> {
     /// What it reaches.
     pub outside: Arc<Outside>,
     /// Guest memory, for completing instructions and for crash reports.
-    pub memory: RamMemory,
+    pub ram: Arc<GuestRam>,
     /// How the machine stops.
     pub stopper: Stopper,
     /// Completes what KVM can't emulate; `None` turns that off.
@@ -77,7 +77,7 @@ impl<V: Vcpu> VcpuThread<V> {
             let exit = match self.vcpu.run() {
                 Ok(exit) => exit,
                 Err(error) => {
-                    crash = Some(Box::new(CrashReport::collect(&self.vcpu, &self.memory, &[])));
+                    crash = self.crash_unless_lost();
                     stopper.stop(StopReason::Failed { vcpu: id, error });
                     break;
                 }
@@ -97,7 +97,7 @@ impl<V: Vcpu> VcpuThread<V> {
                 },
                 Next::Stop(reason) => {
                     if is_crash(&reason) {
-                        crash = Some(Box::new(CrashReport::collect(&self.vcpu, &self.memory, &[])));
+                        crash = self.crash_unless_lost();
                     }
                     reason
                 }
@@ -108,18 +108,27 @@ impl<V: Vcpu> VcpuThread<V> {
         VcpuReport { exits, completed: self.completer.map(|c| c.counts().clone()), crash }
     }
 
+    /// Looks at nothing if memory is lost: what its file no longer has can't be read.
+    fn crash_unless_lost(&self) -> Option<Box<CrashReport>> {
+        self.ram.check().is_ok().then(|| self.crash(&[]))
+    }
+
+    fn crash(&self, bytes: &[u8]) -> Box<CrashReport> {
+        Box::new(CrashReport::collect(&self.vcpu, self.ram.memory(), bytes))
+    }
+
     /// Completes the instruction KVM could not, or says where and why not.
     fn complete(&mut self, error: InternalError) -> Result<(), Box<CrashReport>> {
         let (len, bytes) = error.instruction();
         let bytes = bytes.get(..len).unwrap_or_default();
         let refused = match &mut self.completer {
-            Some(completer) => match completer.complete(&self.vcpu, &self.memory, bytes) {
+            Some(completer) => match completer.complete(&self.vcpu, self.ram.memory(), bytes) {
                 Ok(_) => return Ok(()),
                 Err(refused) => Some(refused),
             },
             None => None,
         };
-        let mut report = Box::new(CrashReport::collect(&self.vcpu, &self.memory, bytes));
+        let mut report = self.crash(bytes);
         report.not_completed = refused;
         Err(report)
     }
@@ -143,16 +152,16 @@ mod tests {
     use crate::event::Event;
     use hv_core::mock::MockVcpu;
     use hv_core::{Errno, Error, IoDirection, IoExit, Ioctl};
+    use hv_memory::{Backing, BackingFile, KeptSize, RamLayout, Sharing};
     use kvm_bindings::{kvm_regs, kvm_sregs, kvm_translation};
-    use vm_memory::GuestAddress;
 
     fn stopper() -> Stopper {
         Stopper::new(Event::new().unwrap())
     }
 
     fn thread(vcpu: MockVcpu, stopper: Stopper) -> VcpuThread<MockVcpu> {
-        let memory = RamMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
-        VcpuThread { vcpu, outside: Arc::default(), memory, stopper, completer: None }
+        let ram = Arc::new(GuestRam::new(&RamLayout::new(0x1000, &[], 46).unwrap()).unwrap());
+        VcpuThread { vcpu, outside: Arc::default(), ram, stopper, completer: None }
     }
 
     fn vcpu() -> MockVcpu {
@@ -192,6 +201,24 @@ mod tests {
         let report = thread(vcpu, stopper.clone()).run();
         assert_eq!(stopper.reason(), Some(&StopReason::Failed { vcpu: 3, error }));
         assert!(report.crash.is_some());
+    }
+
+    #[test]
+    fn memory_that_its_file_has_lost_is_not_looked_at() {
+        let mut vcpu = vcpu();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(0x1000).unwrap();
+        let backing = BackingFile::open(file.path(), Sharing::Shared, KeptSize::Promised).unwrap();
+        let layout = RamLayout::new(0x1000, &[], 46).unwrap();
+        let ram = GuestRam::backed(&layout, &Backing::file(backing)).unwrap();
+        vcpu.expect_run().once().returning(move || {
+            file.as_file().set_len(0).unwrap();
+            Err(Error::new(Ioctl::Run, Errno::EFAULT))
+        });
+        let mut thread = thread(vcpu, stopper());
+        thread.ram = Arc::new(ram);
+        // Where the vCPU is, there is nothing: reading it would kill this process.
+        assert!(thread.run().crash.is_none());
     }
 
     #[test]

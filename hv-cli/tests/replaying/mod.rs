@@ -11,7 +11,7 @@ use std::io::{Cursor, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use hv_cli::config::{IrqchipMode, KernelConfig, MemorySize, RunConfig};
+use hv_cli::config::{IrqchipMode, KernelConfig, MemoryBacking, MemorySize, RunConfig};
 use hv_cli::console::Console;
 use hv_cli::guest::Report;
 use hv_cli::loader::Format;
@@ -29,6 +29,7 @@ pub(crate) fn built_in(cpus: u32, irqchip: IrqchipMode) -> RunConfig {
         kernel: None,
         cpus,
         memory: MemorySize(128 << 20),
+        backing: MemoryBacking::default(),
         irqchip,
         devices: Vec::new(),
         complete: true,

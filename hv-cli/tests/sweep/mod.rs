@@ -12,7 +12,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use hv_cli::config::{IrqchipMode, MemorySize, RunConfig};
+use hv_cli::config::{IrqchipMode, MemoryBacking, MemorySize, RunConfig};
 use hv_cli::machine::Machine;
 use hv_cli::machine::host::HostFacts;
 use hv_core::init::{Config, InitializedVm, Irqchip, init};
@@ -497,6 +497,7 @@ fn machine<H: Host>(host: &H, run: &mut Run, irqchip: IrqchipMode) -> Result<(),
         kernel: None,
         cpus: 2,
         memory: MemorySize(16 << 20),
+        backing: MemoryBacking::default(),
         irqchip,
         devices: Vec::new(),
         complete: true,

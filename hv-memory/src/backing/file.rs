@@ -143,7 +143,7 @@ pub enum Sharing {
 /// | --- | --- | --- |
 /// | which files | a memfd with `MFD_ALLOW_SEALING` or `F_SEAL_SHRINK` | any regular file |
 /// | shortening it | fails with `EPERM`, whoever tries | succeeds, if someone breaks the promise |
-/// | then the guest | - | its next access beyond the end ends `KVM_RUN` with `EFAULT` |
+/// | then the guest | - | its next access beyond the end ends `KVM_RUN` with `EFAULT`, or with `KVM_EXIT_MMIO` where KVM emulates the instruction |
 /// | then this process | - | an access of its own beyond the end kills it (`SIGBUS`) |
 ///
 /// [`Mapping::check`](crate::Mapping::check) tells of a broken promise, without touching the memory.

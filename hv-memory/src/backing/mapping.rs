@@ -67,7 +67,7 @@ impl Mapping {
     }
 
     /// Looks whether a file behind the memory still has all of it ([`crate::KeptSize`]), without
-    /// touching the memory: before it is used, or to explain an `EFAULT` of `KVM_RUN`. What is true
+    /// touching the memory: before it is used, or to explain an `EFAULT` of `KVM_RUN` or an MMIO exit where RAM is. What is true
     /// when this returns may be false right after. Memory without a file is always whole.
     ///
     /// # Errors
