@@ -4,6 +4,7 @@
 //! memory that is not there or belongs to something else: a slot is made from a [`HostRange`],
 //! which owns what it names.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
@@ -24,7 +25,10 @@ impl fmt::Display for SlotId {
 ///
 /// The bytes are atomics because that is what guest memory is: anyone may change any of them at
 /// any time. A backend keeps the `Arc` of a slot's memory for as long as the kernel may use it.
-pub trait HostMemory: Send + Sync + fmt::Debug {
+///
+/// It is [`Any`], so that a layer that is given a slot can know its own memory again
+/// ([`HostRange::memory`]).
+pub trait HostMemory: Any + Send + Sync + fmt::Debug {
     /// The memory. A backend calls this once for a slot and goes on using that slice for as long
     /// as it holds the object.
     fn bytes(&self) -> &[AtomicU8];
@@ -69,6 +73,18 @@ impl HostRange {
             return None;
         }
         Self::new(self.memory.clone(), self.offset.checked_add(offset)?, len)
+    }
+
+    /// The memory that the range is a part of.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<dyn HostMemory> {
+        &self.memory
+    }
+
+    /// Bytes of the memory before the range.
+    #[must_use]
+    pub fn offset(&self) -> usize {
+        self.offset
     }
 
     /// The bytes. Empty if the memory no longer has them, which a well-behaved one always does.
@@ -235,6 +251,15 @@ mod tests {
         assert!(CoalescedWrite::new(address, &[]).is_none());
         assert!(CoalescedWrite::new(address, &[0; 9]).is_none());
         assert_eq!(CoalescedWrite { len: 200, ..write }.bytes().len(), 8);
+    }
+
+    #[test]
+    fn a_range_knows_what_it_is_a_part_of() {
+        let memory = bytes(16);
+        let slice = HostRange::new(memory.clone(), 4, 8).unwrap().slice(2, 6).unwrap();
+        let of: &dyn Any = &**slice.memory();
+        assert!(std::ptr::eq(of.downcast_ref::<Bytes>().unwrap(), &*memory));
+        assert_eq!(slice.offset(), 6);
     }
 
     #[test]
