@@ -1,8 +1,10 @@
-//! Guest memory for KVM, over vm-memory: RAM, memory slots, ioeventfds.
+//! Guest memory for KVM, over vm-memory: RAM, memory slots, dirty pages, ioeventfds.
 //!
 //! - [`RamLayout`] says where RAM goes, [`Backing`] what it is made of, [`GuestRam`] maps it before
 //!   the VM exists.
 //! - [`SlotManager`] knows the slots of a VM and hands out their owners, [`Slot`].
+//! - It also tells which pages were written, by the guest or the VMM: [`DirtyTracking`] says how KVM
+//!   tells, [`DirtyPages`] are the pages, [`WriteLog`] is what marks the VMM's writes.
 //! - [`IoEventRegistry`] knows its ioeventfds and hands out their owners, [`IoEventHandle`].
 //! - [`Mapping`] is host memory, [`GuestRange`] a range of guest-physical addresses.
 //!
@@ -10,6 +12,7 @@
 //! number of slots or an address map.
 
 mod backing;
+mod dirty;
 mod ioevent;
 mod layout;
 mod ram;
@@ -17,9 +20,10 @@ mod range;
 mod slot;
 
 pub use backing::{
-    Backing, BackingFile, FileError, FileProblem, HugePageSize, HugePages, KeepMapped, KeptSize,
-    MapError, Mapping, PrefaultError, Progress, Sharing,
+    Backing, BackingFile, FileError, FileProblem, HugePageSize, HugePages, KeptSize, MapError,
+    Mapping, PrefaultError, Progress, Sharing,
 };
+pub use dirty::{DirtyError, DirtyPages, DirtyRanges, DirtyTracking, WriteLog};
 pub use ioevent::{IoEventError, IoEventHandle, IoEventMatch, IoEventRegistry};
 pub use layout::{LayoutError, RamLayout};
 pub use ram::{GuestRam, RamError, RamMemory};

@@ -11,9 +11,8 @@ use hv_core::{Errno, HostRange, MemorySlot, SlotFlags, SlotId};
 use thiserror::Error;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap};
 
-use crate::backing::KeepMapped;
 use crate::{
-    Backing, FileError, GuestRange, MapError, Mapping, PrefaultError, Progress, RamLayout,
+    Backing, FileError, GuestRange, MapError, Mapping, PrefaultError, Progress, RamLayout, WriteLog,
 };
 
 /// Why a guest's RAM could not be made.
@@ -32,8 +31,9 @@ pub enum RamError {
     Regions(#[from] GuestRegionCollectionError),
 }
 
-/// The memory of a guest as vm-memory knows it. It stays mapped for as long as a clone of it lives.
-pub type RamMemory = GuestMemoryMmap<KeepMapped>;
+/// The memory of a guest as vm-memory knows it, for loaders and devices. What is written through it
+/// while a slot logs is among the slot's dirty pages. It stays mapped for as long as a clone of it lives.
+pub type RamMemory = GuestMemoryMmap<WriteLog>;
 
 /// The RAM of a guest.
 ///

@@ -98,8 +98,17 @@ impl MemoryBackend for RuleVm {
         }
     }
 
-    fn dirty_log(&self, _: SlotId, _: &mut [u64]) -> Result<(), Error> {
-        Err(Error::new(Ioctl::GetDirtyLog, Errno::ENOENT))
+    fn dirty_log(&self, id: SlotId, words: &mut [u64]) -> Result<(), Error> {
+        let mut rules = self.state.lock().unwrap();
+        rules.call()?;
+        match rules.slots.get(&id.0) {
+            Some(&(_, size, _, flags)) if flags.log_dirty => {
+                assert_eq!(words.len() as u64, (size / PAGE).div_ceil(64));
+                words.fill(0);
+                Ok(())
+            }
+            _ => rules.refuse(Errno::ENOENT, format!("slot {id} does not log")),
+        }
     }
 
     fn clear_dirty_log(&self, _: SlotId, _: u64, _: u32, _: &[u64]) -> Result<(), Error> {

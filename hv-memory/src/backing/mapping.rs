@@ -6,11 +6,13 @@ use std::sync::atomic::AtomicU8;
 
 use hv_core::HostMemory;
 use rustix::mm::Advice;
+use vm_memory::bitmap::RefSlice;
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 use super::file::{BackingFile, FileError};
-use super::pages::{KeepMapped, Pages};
+use super::pages::Pages;
 use super::{Backing, MapError, failed};
+use crate::WriteLog;
 
 /// Memory of the host, read and written by host and guest alike.
 ///
@@ -18,7 +20,7 @@ use super::{Backing, MapError, failed};
 /// hold, or a [region](Self::region) of vm-memory.
 pub struct Mapping {
     pub(super) pages: Arc<Pages>,
-    pub(super) region: Arc<MmapRegion<KeepMapped>>,
+    pub(super) region: Arc<MmapRegion<WriteLog>>,
     pub(super) page: u64,
     pub(super) shared: bool,
     pub(super) file: Option<BackingFile>,
@@ -79,15 +81,16 @@ impl Mapping {
         }
     }
 
-    /// The mapping as vm-memory knows it, for a [`vm_memory::GuestRegionMmap`].
+    /// The mapping as vm-memory knows it, for a [`vm_memory::GuestRegionMmap`]. What is written through
+    /// it while a slot with this memory logs is among that slot's dirty pages.
     #[must_use]
-    pub fn region(&self) -> Arc<MmapRegion<KeepMapped>> {
+    pub fn region(&self) -> Arc<MmapRegion<WriteLog>> {
         Arc::clone(&self.region)
     }
 
     /// All of it, to read and write.
     #[must_use]
-    pub fn as_volatile_slice(&self) -> VolatileSlice<'_> {
+    pub fn as_volatile_slice(&self) -> VolatileSlice<'_, RefSlice<'_, WriteLog>> {
         self.region.as_volatile_slice()
     }
 }

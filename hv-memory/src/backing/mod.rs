@@ -23,11 +23,10 @@ pub use error::MapError;
 pub use file::{BackingFile, FileError, FileProblem, KeptSize, Sharing};
 pub use huge::{HugePageSize, HugePages};
 pub use mapping::Mapping;
-pub use pages::KeepMapped;
 pub use prefault::{PrefaultError, Progress};
 
 use crate::page_size;
-use pages::Pages;
+pub(crate) use pages::Pages;
 
 /// What memory is made of: private pages, a memfd or a file; which pages, and from where.
 ///

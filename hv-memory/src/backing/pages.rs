@@ -13,11 +13,10 @@ use std::sync::atomic::AtomicU8;
 
 use rustix::io::{Errno, Result};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
-use vm_memory::bitmap::{Bitmap, NewBitmap, WithBitmapSlice};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, MmapRegion};
 
-use crate::page_size;
+use crate::{WriteLog, page_size};
 
 /// Bytes before and behind every mapping that nothing can access: who goes astray there dies, rather
 /// than change somebody else's memory.
@@ -25,7 +24,7 @@ pub(super) const GUARD: usize = 64 << 10;
 
 /// Pages of the kernel that are readable and writable, between guards.
 #[derive(Debug)]
-pub(super) struct Pages {
+pub(crate) struct Pages {
     /// The first address that was reserved, guards and slack for alignment included.
     reserved: *mut c_void,
     reserved_len: usize,
@@ -143,10 +142,10 @@ impl Pages {
         flags: MapFlags,
         file: Option<FileOffset>,
         huge: bool,
-    ) -> std::result::Result<MmapRegion<KeepMapped>, MmapRegionError> {
+    ) -> std::result::Result<MmapRegion<WriteLog>, MmapRegionError> {
         let access = (ProtFlags::READ | ProtFlags::WRITE).bits().cast_signed();
         let mut builder =
-            MmapRegionBuilder::new_with_bitmap(self.len, KeepMapped(Some(self.clone())))
+            MmapRegionBuilder::new_with_bitmap(self.len, WriteLog::keeping(self.clone(), self.len))
                 .with_mmap_prot(access)
                 .with_mmap_flags(flags.bits().cast_signed())
                 .with_hugetlbfs(huge);
@@ -154,7 +153,7 @@ impl Pages {
             builder = builder.with_file_offset(file);
         }
         // SAFETY: address and length are those of this mapping. It lasts as long as the region, which
-        // holds it by its `KeepMapped`.
+        // holds it by its `WriteLog`.
         let builder = unsafe { builder.with_raw_mmap_pointer(self.start.cast()) };
         builder.build()
     }
@@ -166,31 +165,5 @@ impl Drop for Pages {
         // because each borrows `self` or a region that holds it.
         let unmapped = unsafe { rustix::mm::munmap(self.reserved, self.reserved_len) };
         debug_assert!(unmapped.is_ok(), "{unmapped:?}");
-    }
-}
-
-/// Keeps memory mapped for as long as vm-memory's region of it lives: the owner of the pages, in the
-/// place where vm-memory has a bitmap of written pages. It tracks nothing.
-#[derive(Debug, Clone, Default)]
-pub struct KeepMapped(#[expect(dead_code, reason = "only held")] Option<Arc<Pages>>);
-
-impl WithBitmapSlice<'_> for KeepMapped {
-    type S = ();
-}
-
-impl Bitmap for KeepMapped {
-    fn mark_dirty(&self, _offset: usize, _len: usize) {}
-
-    fn dirty_at(&self, _offset: usize) -> bool {
-        false
-    }
-
-    fn slice_at(&self, _offset: usize) {}
-}
-
-/// For regions that vm-memory maps itself, and owns.
-impl NewBitmap for KeepMapped {
-    fn with_len(_len: usize) -> Self {
-        Self::default()
     }
 }

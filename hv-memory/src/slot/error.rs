@@ -102,6 +102,14 @@ pub enum SlotError {
     /// The manager of the slot is gone, and with it most likely the VM.
     #[error("slot {0} is left to its VM: its manager is gone")]
     ManagerGone(SlotId),
+    /// What the guest has written could not be read from the slot's log, and would be forgotten.
+    #[error("memory {name:?} stays as it is, because its dirty pages can't be read: {error}")]
+    DirtyLog {
+        /// Its name.
+        name: Arc<str>,
+        /// KVM's answer.
+        error: hv_core::Error,
+    },
     /// KVM refused.
     #[error("memory {name:?}: {error}")]
     Kvm {

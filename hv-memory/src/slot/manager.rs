@@ -12,6 +12,7 @@ use vm_memory::GuestAddress;
 use super::SlotError;
 use super::table::{Entry, SlotTable};
 use crate::GuestRange;
+use crate::dirty::Tracker;
 
 /// What a VM can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,16 +64,17 @@ pub trait VcpusPaused {}
 /// are the VM's, and go with it. So drop it before the owners when a VM ends: deleting slots one by
 /// one would only take time.
 pub struct SlotManager<M: MemoryBackend> {
-    shared: Arc<Shared<M>>,
+    pub(super) shared: Arc<Shared<M>>,
 }
 
-struct Shared<M> {
-    vm: Arc<M>,
+pub(super) struct Shared<M> {
+    pub(super) vm: Arc<M>,
     state: Mutex<State>,
 }
 
-struct State {
-    table: SlotTable,
+pub(super) struct State {
+    pub(super) table: SlotTable,
+    pub(super) dirty: Tracker,
     /// Slots whose owner is gone but which KVM did not delete. Each addition tries again.
     abandoned: BTreeSet<SlotId>,
 }
@@ -89,15 +91,20 @@ impl<M: MemoryBackend> SlotManager<M> {
         limits: SlotLimits,
     ) -> Result<(Self, Vec<Slot<M>>), SlotError> {
         let mut table = SlotTable::new(limits);
+        let mut dirty = Tracker::default();
         let mut ids = Vec::new();
         for (name, slot) in slots {
             let name = name.into();
             table.check_id(&name, slot.id)?;
             let range = table.place(&name, &slot)?;
             ids.push(slot.id);
-            table.put(Entry { name, slot, range, mapped: true });
+            let entry = Entry { name, slot, range, mapped: true };
+            if entry.logs() {
+                dirty.begin(&entry.slot);
+            }
+            table.put(entry);
         }
-        let state = Mutex::new(State { table, abandoned: BTreeSet::new() });
+        let state = Mutex::new(State { table, dirty, abandoned: BTreeSet::new() });
         let manager = Self { shared: Arc::new(Shared { vm, state }) };
         let owners = ids.into_iter().map(|id| manager.owner(id)).collect();
         Ok((manager, owners))
@@ -117,8 +124,7 @@ impl<M: MemoryBackend> SlotManager<M> {
         let slot = MemorySlot { id, guest, host, flags };
         let range = state.table.place(&name, &slot)?;
         let entry = Entry { name, slot, range, mapped: true };
-        self.shared.tell(&entry)?;
-        state.table.put(entry);
+        state.set(&*self.shared.vm, entry)?;
         Ok(self.owner(id))
     }
 
@@ -146,16 +152,10 @@ impl<M: MemoryBackend> SlotManager<M> {
 }
 
 impl<M: MemoryBackend> Shared<M> {
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         // The table is changed after KVM agreed and in one step, so that a panic of a backend leaves
         // it whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn tell(&self, entry: &Entry) -> Result<(), SlotError> {
-        self.vm
-            .set_memory_slot(&entry.slot)
-            .map_err(|error| SlotError::Kvm { name: entry.name.clone(), error })
     }
 
     /// Deletes a slot whose owner is done with it. If KVM refuses, a later addition tries again.
@@ -182,10 +182,43 @@ impl State {
         self.table.get(id).cloned().ok_or(SlotError::ManagerGone(id))
     }
 
+    /// Makes a slot what `entry` says, in KVM and here. What its log has is read before KVM forgets it.
+    fn set<M: MemoryBackend>(&mut self, vm: &M, entry: Entry) -> Result<(), SlotError> {
+        let name = || entry.name.clone();
+        let live = self.table.get(entry.slot.id).filter(|live| live.mapped);
+        let logged = live.filter(|live| live.logs()).map(|live| &live.slot);
+        let moves = live.is_some_and(|live| live.slot.guest != entry.slot.guest);
+        if let Some(slot) = logged.filter(|_| moves || !entry.logs()) {
+            let read = self.dirty.leave(vm, slot);
+            read.map_err(|error| SlotError::DirtyLog { name: name(), error })?;
+        }
+        // The VMM's writes are marked before the guest's are recorded.
+        let begins = entry.logs() && logged.is_none();
+        let ends = !entry.logs() && logged.is_some();
+        if begins {
+            self.dirty.begin(&entry.slot);
+        }
+        let told = vm.set_memory_slot(&entry.slot);
+        match (&told, begins, ends) {
+            (Err(_), true, _) | (Ok(()), _, true) => self.dirty.end(entry.slot.id),
+            (Ok(()), false, false) if moves && entry.logs() => self.dirty.moved(&entry.slot),
+            _ => {}
+        }
+        told.map_err(|error| SlotError::Kvm { name: name(), error })?;
+        self.table.put(entry);
+        Ok(())
+    }
+
     fn delete<M: MemoryBackend>(&mut self, vm: &M, id: SlotId) -> Result<Option<Entry>, SlotError> {
         if let Some(entry) = self.table.get(id).filter(|entry| entry.mapped) {
-            vm.delete_memory_slot(id)
-                .map_err(|error| SlotError::Kvm { name: entry.name.clone(), error })?;
+            let name = || entry.name.clone();
+            if entry.logs() {
+                let read = self.dirty.leave(vm, &entry.slot);
+                read.map_err(|error| SlotError::DirtyLog { name: name(), error })?;
+            }
+            let deleted = vm.delete_memory_slot(id);
+            deleted.map_err(|error| SlotError::Kvm { name: name(), error })?;
+            self.dirty.end(id);
         }
         Ok(self.table.take(id))
     }
@@ -268,8 +301,7 @@ impl<M: MemoryBackend> Slot<M> {
         let entry = state.entry(self.id)?;
         if !entry.mapped {
             state.table.place(&entry.name, &entry.slot)?;
-            shared.tell(&entry)?;
-            state.table.put(Entry { mapped: true, ..entry });
+            state.set(&*shared.vm, Entry { mapped: true, ..entry })?;
         }
         Ok(())
     }
@@ -295,12 +327,12 @@ impl<M: MemoryBackend> Slot<M> {
         }
         if entry.mapped {
             entry.range = state.table.place(&entry.name, &entry.slot)?;
-            shared.tell(&entry)?;
+            state.set(&*shared.vm, entry)
         } else {
             entry.range = state.table.shape(&entry.name, &entry.slot)?;
+            state.table.put(entry);
+            Ok(())
         }
-        state.table.put(entry);
-        Ok(())
     }
 
     fn shared(&self) -> Result<Arc<Shared<M>>, SlotError> {

@@ -3,6 +3,7 @@
 //! Assumes no number of slots and no address map: both are given. What is mapped where is decided by
 //! the caller; this module makes sure that KVM and the caller agree on it.
 
+mod dirty;
 mod error;
 mod manager;
 mod table;

@@ -23,6 +23,13 @@ pub(super) struct Entry {
     pub(super) mapped: bool,
 }
 
+impl Entry {
+    /// KVM records which of its pages are written.
+    pub(super) fn logs(&self) -> bool {
+        self.mapped && self.slot.flags.log_dirty
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct SlotTable {
     limits: SlotLimits,
@@ -52,6 +59,12 @@ impl SlotTable {
     /// The entries, by number.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Entry> {
         self.entries.values()
+    }
+
+    /// The mapped entries that log dirty pages, by guest address.
+    pub(super) fn logging(&self) -> impl Iterator<Item = &Entry> + Clone {
+        let mapped = self.by_start.values().filter_map(|id| self.entries.get(id));
+        mapped.filter(|entry| entry.logs())
     }
 
     /// Numbers that are unused.

@@ -1,0 +1,74 @@
+//! Dirty pages of all slots, told by the manager.
+//!
+//! Under the manager's lock, across the ioctls: a slot neither comes nor goes while its log is read.
+
+use hv_core::{MemoryBackend, Vm};
+
+use super::SlotManager;
+use super::table::Entry;
+use crate::dirty::Logging;
+use crate::{DirtyError, DirtyPages, DirtyTracking, GuestRange};
+
+/// # Dirty pages
+///
+/// A page is dirty from when the guest, or the VMM through a [`crate::TrackedMemory`], writes to it
+/// while a slot that logs ([`hv_core::SlotFlags::log_dirty`]) has it, until it is harvested or cleared.
+/// It stays dirty, at the address it was written at, if the slot is removed, unmapped or moved, or
+/// ceases to log; and if a call fails.
+impl<M: MemoryBackend> SlotManager<M> {
+    /// How KVM tells which pages the guest writes.
+    #[must_use]
+    pub fn dirty_tracking(&self) -> DirtyTracking {
+        self.shared.state().dirty.how()
+    }
+
+    /// Tells which pages are dirty, and from then on they are not: what is written later is told
+    /// the next time. Needs no memory if `pages` was filled before and no slot came since.
+    ///
+    /// # Errors
+    /// KVM refuses to read or clear a log. `pages` is empty, and all pages are still dirty.
+    pub fn harvest_dirty(&self, pages: &mut DirtyPages) -> Result<(), DirtyError> {
+        let mut state = self.shared.state();
+        let state = &mut *state;
+        state.dirty.harvest(&*self.shared.vm, state.table.logging().map(named), pages)
+    }
+
+    /// Tells which pages are dirty, and they stay so. With [`DirtyTracking::ManualProtect`] that is
+    /// cheaper than harvesting; without, the pages are remembered here.
+    ///
+    /// # Errors
+    /// KVM refuses to read a log. `pages` is empty, and all pages are still dirty.
+    pub fn read_dirty(&self, pages: &mut DirtyPages) -> Result<(), DirtyError> {
+        let mut state = self.shared.state();
+        let state = &mut *state;
+        state.dirty.read(&*self.shared.vm, state.table.logging().map(named), pages)
+    }
+
+    /// Those of `pages`, as [read](Self::read_dirty), that are in `range` as a whole are dirty no more,
+    /// and no others. To be called before they are copied: a page that was written again since it was
+    /// read is cleared like others, and only what is written later is told again.
+    ///
+    /// # Errors
+    /// KVM refuses to clear a log. All pages are still dirty.
+    pub fn clear_dirty(&self, pages: &DirtyPages, range: GuestRange) -> Result<(), DirtyError> {
+        let mut state = self.shared.state();
+        let state = &mut *state;
+        let slots = state.table.logging().map(named);
+        state.dirty.clear(&*self.shared.vm, slots, pages, range)
+    }
+}
+
+impl<V: Vm> SlotManager<V> {
+    /// Chooses how KVM tells which pages the guest writes (`KVM_ENABLE_CAP`). It can be chosen
+    /// once, and the same again is no error.
+    ///
+    /// # Errors
+    /// The host does not have it, another way was chosen before, or KVM refuses.
+    pub fn track_dirty(&self, how: DirtyTracking) -> Result<(), DirtyError> {
+        self.shared.state().dirty.change(&*self.shared.vm, how)
+    }
+}
+
+fn named(entry: &Entry) -> Logging<'_> {
+    (&entry.name, &entry.slot)
+}
