@@ -1,0 +1,50 @@
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that can't go on fails"
+)]
+//! Dirty pages as a property of sequences of operations: the guest and the VMM write, pages are
+//! harvested, read and cleared, slots come, go, move and toggle their log, calls fail; against a set
+//! of page numbers and the strict KVM in memory.
+//!
+//! `PROPTEST_CASES=1000000 cargo test -p hv-memory --release --test dirty` runs a million.
+
+mod kvm;
+mod model;
+mod plan;
+mod world;
+
+use plan::{plans, ways};
+use proptest::prelude::*;
+use world::World;
+
+const PAGE: u64 = 4096;
+
+/// As many cases as `PROPTEST_CASES` says, or else enough for each change.
+fn cases(cases: u32) -> ProptestConfig {
+    let config = ProptestConfig::default();
+    match std::env::var_os("PROPTEST_CASES") {
+        Some(_) => config,
+        None => ProptestConfig { cases, ..config },
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(4096))]
+
+    /// What is told is what was written, each page once, and nothing is lost with its slot or with a
+    /// call that fails. Clearing touches no page that was not asked for.
+    #[test]
+    fn what_is_told_is_what_was_written(how in ways(), plan in plans()) {
+        let mut world = World::new(how);
+        for (op, fault) in &plan {
+            if let Err(wrong) = world.run(op, *fault) {
+                prop_assert!(false, "{:?}: {}", op, wrong);
+            }
+        }
+        if let Err(wrong) = world.finish() {
+            prop_assert!(false, "in the end: {}", wrong);
+        }
+    }
+}
