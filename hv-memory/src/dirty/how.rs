@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use hv_core::{Capability, Error, Vm};
+use hv_core::{Capability, Errno, Error, Vm};
 use thiserror::Error;
 
 /// `KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE`.
@@ -25,6 +25,15 @@ pub enum DirtyTracking {
         /// A slot that begins to log has all its pages dirty, and none of them is protected before
         /// it is cleared (`KVM_DIRTY_LOG_INITIALLY_SET`).
         initially_set: bool,
+    },
+    /// Each vCPU tells in a ring which pages it writes (`KVM_CAP_DIRTY_LOG_RING`): the cost is that of
+    /// what is written, whatever the size of the memory. Before the first vCPU only. Each vCPU's ring
+    /// is to be given to the manager before the vCPU runs ([`crate::SlotManager::add_dirty_ring`]), and
+    /// to be emptied when it is full ([`crate::SlotManager::empty_dirty_rings`]).
+    Ring {
+        /// Bytes of each ring, 16 for an entry: a power of two, at least a page, at most what
+        /// the capability says.
+        bytes: u32,
     },
 }
 
@@ -57,14 +66,42 @@ pub enum DirtyError {
         /// What was asked for.
         wanted: DirtyTracking,
     },
+    /// The rings of the vCPUs could not be reset, so that what was collected from them would not be
+    /// told again when it is written again. It stays dirty.
+    #[error("dirty pages stay untold: {0}")]
+    Rings(Error),
+    /// There are no rings, since pages are tracked in another way.
+    #[error("a vCPU has no dirty ring: dirty pages are tracked by {chosen:?}")]
+    NoRings {
+        /// What was chosen.
+        chosen: DirtyTracking,
+    },
+    /// The ring of a vCPU can't be had.
+    #[error("the dirty ring of vCPU {vcpu} can't be had: {error}")]
+    NoRing {
+        /// The vCPU.
+        vcpu: u32,
+        /// Why.
+        error: Error,
+    },
     /// KVM refused to enable it; dirty pages are told as before.
-    #[error("{wanted:?} can't be enabled: {error}")]
+    #[error("{wanted:?} can't be enabled: {error}{}", remedy(.wanted, .error.errno))]
     Enable {
         /// What was asked for.
         wanted: DirtyTracking,
         /// Its answer.
         error: Error,
     },
+}
+
+fn remedy(wanted: &DirtyTracking, errno: Errno) -> &'static str {
+    match (wanted, errno) {
+        (DirtyTracking::Ring { .. }, Errno::EINVAL) => {
+            "; enable it before the first vCPU, with a power of two of bytes, at least a page"
+        }
+        (DirtyTracking::Ring { .. }, Errno::E2BIG) => "; ask for smaller rings",
+        _ => "",
+    }
 }
 
 impl DirtyTracking {
@@ -74,17 +111,30 @@ impl DirtyTracking {
             return Ok(());
         }
         let refused = |error| DirtyError::Enable { wanted, error };
+        let value = |capability| vm.check_extension(capability).map_err(refused);
         let (capability, argument) = match (self, wanted) {
             (Self::Log, Self::ManualProtect { initially_set }) => {
                 let flags = if initially_set { INITIALLY_SET } else { 0 };
-                (Capability::ManualDirtyLogProtect2, MANUAL_PROTECT_ENABLE | flags)
+                let capability = Capability::ManualDirtyLogProtect2;
+                let (offered, argument) = (value(capability)?, MANUAL_PROTECT_ENABLE | flags);
+                if u64::from(offered.unsigned_abs()) & argument != argument {
+                    return Err(DirtyError::Unsupported { wanted, capability, offered });
+                }
+                (capability, argument)
+            }
+            (Self::Log, Self::Ring { bytes }) => {
+                // x86 has both, and makes no difference between them.
+                let ordered = Capability::DirtyLogRingAcqRel;
+                let capability =
+                    if value(ordered)? > 0 { ordered } else { Capability::DirtyLogRing };
+                let offered = value(capability)?;
+                if offered == 0 {
+                    return Err(DirtyError::Unsupported { wanted, capability, offered });
+                }
+                (capability, bytes.into())
             }
             (chosen, _) => return Err(DirtyError::Chosen { chosen, wanted }),
         };
-        let offered = vm.check_extension(capability).map_err(refused)?;
-        if u64::from(offered.unsigned_abs()) & argument != argument {
-            return Err(DirtyError::Unsupported { wanted, capability, offered });
-        }
         vm.enable_cap(capability, [argument, 0, 0, 0]).map_err(refused)
     }
 }

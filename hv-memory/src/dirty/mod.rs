@@ -5,6 +5,7 @@
 
 mod how;
 mod pages;
+mod rings;
 mod tracker;
 mod watch;
 mod words;
@@ -12,5 +13,5 @@ mod writes;
 
 pub use how::{DirtyError, DirtyTracking};
 pub use pages::{DirtyPages, DirtyRanges};
-pub(crate) use tracker::{Logging, Tracker};
+pub(crate) use tracker::{Logging, Slots, Tracker};
 pub use writes::WriteLog;

@@ -2,7 +2,6 @@
 //!
 //! Made to be filled again and again: it keeps its memory. It must not call KVM.
 
-use std::iter::{Enumerate, Peekable};
 use std::{fmt, slice};
 
 use vm_memory::GuestAddress;
@@ -67,13 +66,10 @@ impl DirtyPages {
         let parts = self.parts();
         let begin = parts.partition_point(|part| part.end() <= first);
         let parts = parts.get(begin..).unwrap_or_default().iter();
-        let parts = PartWords { first, parts, words: [].iter().enumerate(), start: 0 };
-        DirtyRanges {
-            parts: Runs::new(parts).peekable(),
-            apart: Runs::new(self.apart.words_from(first)).peekable(),
-            first,
-            end,
-        }
+        let mut parts = Runs::new(PartWords { first, parts, words: &[], start: 0 });
+        let mut apart = Runs::new(self.apart.words_from(first));
+        let (part, separate) = (parts.next(), apart.next());
+        DirtyRanges { parts, apart, part, separate, first, end, page: page_size() }
     }
 
     fn parts(&self) -> &[Part] {
@@ -151,43 +147,44 @@ pub(super) fn pages_of(range: GuestRange) -> (u64, u64) {
 /// The ranges that dirty pages make ([`DirtyPages::ranges`]), found as they are asked for.
 #[derive(Debug, Clone)]
 pub struct DirtyRanges<'a> {
-    parts: Peekable<Runs<PartWords<'a>>>,
-    apart: Peekable<Runs<SparseWords<'a>>>,
+    parts: Runs<PartWords<'a>>,
+    apart: Runs<SparseWords<'a>>,
+    /// The next run of each.
+    part: Option<(u64, u64)>,
+    separate: Option<(u64, u64)>,
     /// Pages from here on, to before `end`.
     first: u64,
     end: u64,
+    /// Bytes of one.
+    page: u64,
 }
 
 impl DirtyRanges<'_> {
-    /// The lower of the next runs.
-    fn run(&mut self) -> Option<(u64, u64)> {
-        let of_apart = match (self.parts.peek(), self.apart.peek()) {
-            (Some(part), Some(apart)) => apart < part,
-            (None, _) => true,
-            (_, None) => false,
+    /// The lower of the next runs, if it begins before `limit` or with it.
+    #[inline]
+    fn run(&mut self, limit: u64) -> Option<(u64, u64)> {
+        let separate = match (self.part, self.separate) {
+            (Some(part), Some(separate)) => separate < part,
+            (part, _) => part.is_none(),
         };
-        if of_apart { self.apart.next() } else { self.parts.next() }
-    }
-
-    /// Whether a run follows that begins before `page` or with it.
-    fn joins(&mut self, page: u64) -> bool {
-        let joins = |run: Option<&(u64, u64)>| run.is_some_and(|(first, _)| *first <= page);
-        joins(self.parts.peek()) || joins(self.apart.peek())
+        let next = if separate { &mut self.separate } else { &mut self.part };
+        let run = next.filter(|(first, _)| *first <= limit)?;
+        *next = if separate { self.apart.next() } else { self.parts.next() };
+        Some(run)
     }
 
     /// The next pages in a row: the first, and the one after the last.
+    #[inline]
     pub(super) fn next_pages(&mut self) -> Option<(u64, u64)> {
         loop {
-            let (mut first, mut end) = self.run()?;
-            while self.joins(end) {
-                end = self.run().map_or(end, |(_, further)| further.max(end));
+            let (mut first, mut end) = self.run(self.end.saturating_sub(1))?;
+            while let Some((_, further)) = self.run(end) {
+                end = end.max(further);
             }
             first = first.max(self.first);
-            if first >= self.end {
-                return None;
-            }
-            if end.min(self.end) > first {
-                return Some((first, end.min(self.end)));
+            end = end.min(self.end);
+            if first < end {
+                return Some((first, end));
             }
         }
     }
@@ -196,11 +193,12 @@ impl DirtyRanges<'_> {
 impl Iterator for DirtyRanges<'_> {
     type Item = GuestRange;
 
+    #[inline]
     fn next(&mut self) -> Option<GuestRange> {
         let (first, end) = self.next_pages()?;
         // Pages have addresses that fit: they are those of slots.
-        let start = first.checked_mul(page_size())?;
-        GuestRange::new(GuestAddress(start), (end - first).checked_mul(page_size())?)
+        let start = first.checked_mul(self.page)?;
+        GuestRange::new(GuestAddress(start), (end - first).checked_mul(self.page)?)
     }
 }
 
@@ -210,23 +208,40 @@ struct PartWords<'a> {
     /// What is before this page is of no interest.
     first: u64,
     parts: slice::Iter<'a, Part>,
-    words: Enumerate<slice::Iter<'a, u64>>,
-    /// Where the words of the part begin.
+    /// What is left of a part, and the page it begins with.
+    words: &'a [u64],
     start: u64,
+}
+
+impl PartWords<'_> {
+    /// The next word of the part.
+    #[inline]
+    fn word(&mut self) -> Option<(u64, u64)> {
+        while let Some((word, rest)) = self.words.split_first() {
+            let start = self.start;
+            self.words = rest;
+            self.start += 64;
+            if *word != 0 {
+                return Some((start, *word));
+            }
+        }
+        None
+    }
 }
 
 impl Iterator for PartWords<'_> {
     type Item = (u64, u64);
 
+    #[inline]
     fn next(&mut self) -> Option<(u64, u64)> {
         loop {
-            if let Some((n, word)) = self.words.find(|(_, word)| **word != 0) {
-                return Some((self.start + n as u64 * 64, *word));
+            if let Some(word) = self.word() {
+                return Some(word);
             }
             let part = self.parts.next()?;
             let skipped = self.first.saturating_sub(part.first) / 64;
             let words = usize::try_from(skipped).ok().and_then(|n| part.words.get(n..));
-            self.words = words.unwrap_or_default().iter().enumerate();
+            self.words = words.unwrap_or_default();
             self.start = part.first + skipped * 64;
         }
     }

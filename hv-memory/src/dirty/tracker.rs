@@ -6,11 +6,12 @@
 
 use std::sync::Arc;
 
-use hv_core::{Error, MemoryBackend, MemorySlot, SlotId, Vm};
+use hv_core::{DirtyPage, Error, MemoryBackend, MemorySlot, SlotId, Vcpu, Vm};
 
 use super::pages::pages_of;
+use super::rings::Rings;
 use super::watch::{To, Watches};
-use super::words::{SparsePages, mark_run};
+use super::words::{SparsePages, mark_run, numbered};
 use super::{DirtyError, DirtyPages, DirtyTracking};
 use crate::{GuestRange, page_size};
 
@@ -21,12 +22,22 @@ pub(crate) struct Tracker {
     /// What was read, or written by the VMM, and not yet told.
     kept: SparsePages,
     watches: Watches,
+    rings: Rings,
     /// Words for clearing, so that it needs no memory each time.
     words: Vec<u64>,
 }
 
 /// A slot that logs, and what it is called.
 pub(crate) type Logging<'a> = (&'a Arc<str>, &'a MemorySlot);
+
+/// The slots of the manager.
+pub(crate) trait Slots {
+    /// Those that log, by guest address.
+    fn logging(&self) -> impl Iterator<Item = Logging<'_>> + Clone;
+
+    /// The slot of this number, as the guest has it.
+    fn live(&self, id: SlotId) -> Option<&MemorySlot>;
+}
 
 impl Tracker {
     pub(crate) fn how(&self) -> DirtyTracking {
@@ -39,6 +50,44 @@ impl Tracker {
         Ok(())
     }
 
+    pub(crate) fn add_ring<V: Vcpu>(&mut self, vcpu: &V) -> Result<(), DirtyError> {
+        self.with_rings()?;
+        let id = vcpu.id();
+        if !self.rings.has(id) {
+            let ring = vcpu.dirty_ring();
+            self.rings.add(id, ring.map_err(|error| DirtyError::NoRing { vcpu: id, error })?);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn empty_rings<M: MemoryBackend>(
+        &mut self,
+        vm: &M,
+        slots: &impl Slots,
+    ) -> Result<(), DirtyError> {
+        self.with_rings()?;
+        self.collect(slots);
+        self.rings.reset(vm).map_err(DirtyError::Rings)
+    }
+
+    fn with_rings(&self) -> Result<(), DirtyError> {
+        match self.how {
+            DirtyTracking::Ring { .. } => Ok(()),
+            chosen => Err(DirtyError::NoRings { chosen }),
+        }
+    }
+
+    /// Keeps what the vCPUs have told of.
+    fn collect(&mut self, slots: &impl Slots) {
+        let Self { rings, kept, .. } = self;
+        rings.collect(|DirtyPage { slot, page }| {
+            // A slot that has gone took all it had to tell with it.
+            if let Some(slot) = slots.live(slot).filter(|slot| page < pages_in(slot)) {
+                kept.add(first_of(slot) + page, 1);
+            }
+        });
+    }
+
     /// A slot is about to log.
     pub(crate) fn begin(&mut self, slot: &MemorySlot) {
         self.watches.begin(slot, &mut self.kept);
@@ -49,17 +98,24 @@ impl Tracker {
         &mut self,
         vm: &M,
         slot: &MemorySlot,
+        slots: &impl Slots,
     ) -> Result<(), Error> {
+        if let DirtyTracking::Ring { .. } = self.how {
+            self.collect(slots);
+            return Ok(());
+        }
         let Self { how, kept, words, .. } = self;
         words.clear();
-        words.resize(words_of(slot), 0);
+        words.resize(count(pages_in(slot).div_ceil(64)), 0);
         how.take(vm, slot, words)?;
-        super::words::numbered(first_of(slot), words).for_each(|(at, bits)| kept.add(at, bits));
+        numbered(first_of(slot), words).for_each(|(at, bits)| kept.add(at, bits));
         Ok(())
     }
 
-    /// A slot logs no more.
-    pub(crate) fn end(&mut self, id: SlotId) {
+    /// A slot logs no more, which `slots` does not know yet.
+    pub(crate) fn end(&mut self, id: SlotId, slots: &impl Slots) {
+        // What came since it was left can only have been of the slot as it was.
+        self.collect(slots);
         self.watches.end(id, &mut self.kept);
     }
 
@@ -68,16 +124,61 @@ impl Tracker {
         self.watches.moved(slot, &mut self.kept);
     }
 
-    /// Reads what is dirty and clears it. `slots` are those that log, by guest address.
-    pub(crate) fn harvest<'a, M: MemoryBackend>(
+    /// Tells what is dirty and clears it.
+    pub(crate) fn harvest<M: MemoryBackend>(
         &mut self,
         vm: &M,
-        slots: impl Iterator<Item = Logging<'a>>,
+        slots: &impl Slots,
+        pages: &mut DirtyPages,
+    ) -> Result<(), DirtyError> {
+        pages.clear();
+        if let DirtyTracking::Ring { .. } = self.how {
+            self.keep_all(vm, slots)?;
+        } else {
+            self.take_logs(vm, slots, pages)?;
+        }
+        std::mem::swap(pages.apart_mut(), &mut self.kept);
+        Ok(())
+    }
+
+    /// Tells what is dirty, and leaves it so.
+    pub(crate) fn read<M: MemoryBackend>(
+        &mut self,
+        vm: &M,
+        slots: &impl Slots,
+        pages: &mut DirtyPages,
+    ) -> Result<(), DirtyError> {
+        pages.clear();
+        match self.how {
+            DirtyTracking::Ring { .. } => self.keep_all(vm, slots)?,
+            DirtyTracking::Log => {
+                self.take_logs(vm, slots, pages)?;
+                pages.copy_parts(&mut self.kept);
+            }
+            DirtyTracking::ManualProtect { .. } => {
+                for (name, slot) in slots.logging() {
+                    self.watches.take(slot.id, To::Kept, &mut self.kept);
+                    let words = pages.part(first_of(slot), pages_in(slot));
+                    if let Err(error) = vm.dirty_log(slot.id, words) {
+                        pages.clear();
+                        return Err(DirtyError::Kvm { name: name.clone(), error });
+                    }
+                }
+            }
+        }
+        pages.apart_mut().clone_from(&self.kept);
+        Ok(())
+    }
+
+    /// Takes what the logs have, or keeps it if one of them can't be had.
+    fn take_logs<M: MemoryBackend>(
+        &mut self,
+        vm: &M,
+        slots: &impl Slots,
         pages: &mut DirtyPages,
     ) -> Result<(), DirtyError> {
         let Self { how, kept, watches, .. } = self;
-        pages.clear();
-        for (name, slot) in slots {
+        for (name, slot) in slots.logging() {
             let words = pages.part(first_of(slot), pages_in(slot));
             match how.take(vm, slot, words) {
                 Ok(()) => watches.take(slot.id, To::Words(words), kept),
@@ -89,55 +190,33 @@ impl Tracker {
                 }
             }
         }
-        std::mem::swap(pages.apart_mut(), kept);
         Ok(())
     }
 
-    /// Reads what is dirty, and leaves it so.
-    pub(crate) fn read<'a, M: MemoryBackend>(
-        &mut self,
-        vm: &M,
-        slots: impl Iterator<Item = Logging<'a>>,
-        pages: &mut DirtyPages,
-    ) -> Result<(), DirtyError> {
-        let Self { how, kept, watches, .. } = self;
-        pages.clear();
-        let mut failed = None;
-        for (name, slot) in slots {
-            watches.take(slot.id, To::Kept, kept);
-            let words = pages.part(first_of(slot), pages_in(slot));
-            if let Err(error) = vm.dirty_log(slot.id, words) {
-                pages.drop_part();
-                failed = Some(DirtyError::Kvm { name: name.clone(), error });
-                break;
-            }
+    /// Keeps what the rings have, and the VMM's writes.
+    fn keep_all<M: MemoryBackend>(&mut self, vm: &M, slots: &impl Slots) -> Result<(), DirtyError> {
+        self.empty_rings(vm, slots)?;
+        for (_, slot) in slots.logging() {
+            self.watches.take(slot.id, To::Kept, &mut self.kept);
         }
-        if *how == DirtyTracking::Log {
-            // Reading has cleared it.
-            pages.copy_parts(kept);
-        }
-        match failed {
-            None => pages.apart_mut().clone_from(kept),
-            Some(_) => pages.clear(),
-        }
-        failed.map_or(Ok(()), Err)
+        Ok(())
     }
 
     /// Those of `pages` that lie in `range` are dirty no more.
-    pub(crate) fn clear<'a, M: MemoryBackend>(
+    pub(crate) fn clear<M: MemoryBackend>(
         &mut self,
         vm: &M,
-        slots: impl Iterator<Item = Logging<'a>> + Clone,
+        slots: &impl Slots,
         pages: &DirtyPages,
         range: GuestRange,
     ) -> Result<(), DirtyError> {
         let Self { how, kept, words, .. } = self;
         let (first, end) = whole_pages_of(range);
         if let DirtyTracking::ManualProtect { .. } = how {
-            for (n, (name, slot)) in slots.clone().enumerate() {
+            for (n, (name, slot)) in slots.logging().enumerate() {
                 let Err(error) = clear_in(vm, slot, pages, (first, end), words) else { continue };
                 // What was cleared before the failure is still to be told.
-                for (_, slot) in slots.take(n) {
+                for (_, slot) in slots.logging().take(n) {
                     let (first, end) = part_of(slot, (first, end));
                     let mut runs = pages.runs(first, end);
                     while let Some((first, end)) = runs.next_pages() {
@@ -165,8 +244,8 @@ impl DirtyTracking {
     ) -> Result<(), Error> {
         vm.dirty_log(slot.id, words)?;
         match self {
-            Self::Log => Ok(()),
             Self::ManualProtect { .. } => protect(vm, slot, 0, words),
+            Self::Log | Self::Ring { .. } => Ok(()),
         }
     }
 }
@@ -233,10 +312,6 @@ fn first_of(slot: &MemorySlot) -> u64 {
 
 fn pages_in(slot: &MemorySlot) -> u64 {
     slot.host.len() as u64 / page_size()
-}
-
-fn words_of(slot: &MemorySlot) -> usize {
-    count(pages_in(slot).div_ceil(64))
 }
 
 fn count(words: u64) -> usize {

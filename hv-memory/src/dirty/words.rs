@@ -124,6 +124,7 @@ impl<I: Iterator<Item = (u64, u64)>> Runs<I> {
 impl<I: Iterator<Item = (u64, u64)>> Iterator for Runs<I> {
     type Item = (u64, u64);
 
+    #[inline]
     fn next(&mut self) -> Option<(u64, u64)> {
         while self.left == 0 {
             (self.start, self.left) = self.words.next()?;

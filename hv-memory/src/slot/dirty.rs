@@ -2,11 +2,12 @@
 //!
 //! Under the manager's lock, across the ioctls: a slot neither comes nor goes while its log is read.
 
-use hv_core::{MemoryBackend, Vm};
+use hv_core::{MemoryBackend, MemorySlot, SlotId, Vm};
 
 use super::SlotManager;
-use super::table::Entry;
-use crate::dirty::Logging;
+use super::manager::State;
+use super::table::SlotTable;
+use crate::dirty::{Logging, Slots};
 use crate::{DirtyError, DirtyPages, DirtyTracking, GuestRange};
 
 /// # Dirty pages
@@ -29,8 +30,8 @@ impl<M: MemoryBackend> SlotManager<M> {
     /// KVM refuses to read or clear a log. `pages` is empty, and all pages are still dirty.
     pub fn harvest_dirty(&self, pages: &mut DirtyPages) -> Result<(), DirtyError> {
         let mut state = self.shared.state();
-        let state = &mut *state;
-        state.dirty.harvest(&*self.shared.vm, state.table.logging().map(named), pages)
+        let State { table, dirty, .. } = &mut *state;
+        dirty.harvest(&*self.shared.vm, table, pages)
     }
 
     /// Tells which pages are dirty, and they stay so. With [`DirtyTracking::ManualProtect`] that is
@@ -40,8 +41,8 @@ impl<M: MemoryBackend> SlotManager<M> {
     /// KVM refuses to read a log. `pages` is empty, and all pages are still dirty.
     pub fn read_dirty(&self, pages: &mut DirtyPages) -> Result<(), DirtyError> {
         let mut state = self.shared.state();
-        let state = &mut *state;
-        state.dirty.read(&*self.shared.vm, state.table.logging().map(named), pages)
+        let State { table, dirty, .. } = &mut *state;
+        dirty.read(&*self.shared.vm, table, pages)
     }
 
     /// Those of `pages`, as [read](Self::read_dirty), that are in `range` as a whole are dirty no more,
@@ -52,9 +53,20 @@ impl<M: MemoryBackend> SlotManager<M> {
     /// KVM refuses to clear a log. All pages are still dirty.
     pub fn clear_dirty(&self, pages: &DirtyPages, range: GuestRange) -> Result<(), DirtyError> {
         let mut state = self.shared.state();
-        let state = &mut *state;
-        let slots = state.table.logging().map(named);
-        state.dirty.clear(&*self.shared.vm, slots, pages, range)
+        let State { table, dirty, .. } = &mut *state;
+        dirty.clear(&*self.shared.vm, table, pages, range)
+    }
+
+    /// Takes what the vCPUs' dirty rings have, to be told by the next harvest, and lets the vCPUs
+    /// go on. The answer to [`hv_core::VcpuExit::DirtyRingFull`], from any thread.
+    ///
+    /// # Errors
+    /// Dirty pages are not tracked by rings, or KVM refuses to reset them; all pages are still
+    /// dirty.
+    pub fn empty_dirty_rings(&self) -> Result<(), DirtyError> {
+        let mut state = self.shared.state();
+        let State { table, dirty, .. } = &mut *state;
+        dirty.empty_rings(&*self.shared.vm, table)
     }
 }
 
@@ -67,8 +79,24 @@ impl<V: Vm> SlotManager<V> {
     pub fn track_dirty(&self, how: DirtyTracking) -> Result<(), DirtyError> {
         self.shared.state().dirty.change(&*self.shared.vm, how)
     }
+
+    /// Reads the dirty ring of a vCPU from now on, with [`DirtyTracking::Ring`]: before the vCPU first
+    /// runs. The same vCPU again makes no difference. The ring keeps the VM until the manager
+    /// is dropped.
+    ///
+    /// # Errors
+    /// Dirty pages are not tracked by rings, or the vCPU's can't be mapped.
+    pub fn add_dirty_ring(&self, vcpu: &V::Vcpu) -> Result<(), DirtyError> {
+        self.shared.state().dirty.add_ring(vcpu)
+    }
 }
 
-fn named(entry: &Entry) -> Logging<'_> {
-    (&entry.name, &entry.slot)
+impl Slots for SlotTable {
+    fn logging(&self) -> impl Iterator<Item = Logging<'_>> + Clone {
+        self.mapped().filter(|entry| entry.logs()).map(|entry| (&entry.name, &entry.slot))
+    }
+
+    fn live(&self, id: SlotId) -> Option<&MemorySlot> {
+        self.get(id).filter(|entry| entry.mapped).map(|entry| &entry.slot)
+    }
 }

@@ -184,43 +184,47 @@ impl State {
 
     /// Makes a slot what `entry` says, in KVM and here. What its log has is read before KVM forgets it.
     fn set<M: MemoryBackend>(&mut self, vm: &M, entry: Entry) -> Result<(), SlotError> {
+        let Self { table, dirty, .. } = self;
         let name = || entry.name.clone();
-        let live = self.table.get(entry.slot.id).filter(|live| live.mapped);
+        let live = table.get(entry.slot.id).filter(|live| live.mapped);
         let logged = live.filter(|live| live.logs()).map(|live| &live.slot);
         let moves = live.is_some_and(|live| live.slot.guest != entry.slot.guest);
         if let Some(slot) = logged.filter(|_| moves || !entry.logs()) {
-            let read = self.dirty.leave(vm, slot);
+            let read = dirty.leave(vm, slot, table);
             read.map_err(|error| SlotError::DirtyLog { name: name(), error })?;
         }
         // The VMM's writes are marked before the guest's are recorded.
         let begins = entry.logs() && logged.is_none();
         let ends = !entry.logs() && logged.is_some();
         if begins {
-            self.dirty.begin(&entry.slot);
+            dirty.begin(&entry.slot);
         }
         let told = vm.set_memory_slot(&entry.slot);
         match (&told, begins, ends) {
-            (Err(_), true, _) | (Ok(()), _, true) => self.dirty.end(entry.slot.id),
-            (Ok(()), false, false) if moves && entry.logs() => self.dirty.moved(&entry.slot),
+            (Err(_), true, _) | (Ok(()), _, true) => dirty.end(entry.slot.id, table),
+            (Ok(()), false, false) if moves && entry.logs() => dirty.moved(&entry.slot),
             _ => {}
         }
         told.map_err(|error| SlotError::Kvm { name: name(), error })?;
-        self.table.put(entry);
+        table.put(entry);
         Ok(())
     }
 
     fn delete<M: MemoryBackend>(&mut self, vm: &M, id: SlotId) -> Result<Option<Entry>, SlotError> {
-        if let Some(entry) = self.table.get(id).filter(|entry| entry.mapped) {
+        let Self { table, dirty, .. } = self;
+        if let Some(entry) = table.get(id).filter(|entry| entry.mapped) {
             let name = || entry.name.clone();
             if entry.logs() {
-                let read = self.dirty.leave(vm, &entry.slot);
+                let read = dirty.leave(vm, &entry.slot, table);
                 read.map_err(|error| SlotError::DirtyLog { name: name(), error })?;
             }
             let deleted = vm.delete_memory_slot(id);
             deleted.map_err(|error| SlotError::Kvm { name: name(), error })?;
-            self.dirty.end(id);
+            if entry.logs() {
+                dirty.end(id, table);
+            }
         }
-        Ok(self.table.take(id))
+        Ok(table.take(id))
     }
 
     /// Tries again to delete what is abandoned; the entries that went are to be dropped after the

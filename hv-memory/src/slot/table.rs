@@ -61,10 +61,9 @@ impl SlotTable {
         self.entries.values()
     }
 
-    /// The mapped entries that log dirty pages, by guest address.
-    pub(super) fn logging(&self) -> impl Iterator<Item = &Entry> + Clone {
-        let mapped = self.by_start.values().filter_map(|id| self.entries.get(id));
-        mapped.filter(|entry| entry.logs())
+    /// The mapped entries, by guest address.
+    pub(super) fn mapped(&self) -> impl Iterator<Item = &Entry> + Clone {
+        self.by_start.values().filter_map(|id| self.entries.get(id))
     }
 
     /// Numbers that are unused.

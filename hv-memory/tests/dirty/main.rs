@@ -15,7 +15,8 @@ mod model;
 mod plan;
 mod world;
 
-use plan::{plans, ways};
+use hv_memory::DirtyTracking;
+use plan::{Plan, plans};
 use proptest::prelude::*;
 use world::World;
 
@@ -30,21 +31,41 @@ fn cases(cases: u32) -> ProptestConfig {
     }
 }
 
-proptest! {
-    #![proptest_config(cases(4096))]
+/// Carries a plan out with pages tracked in one way.
+fn run(how: DirtyTracking, plan: &Plan) -> Result<(), TestCaseError> {
+    let mut world = World::new(how);
+    for (op, fault) in plan {
+        if let Err(wrong) = world.run(op, *fault) {
+            prop_assert!(false, "{:?}: {}", op, wrong);
+        }
+    }
+    let end = world.finish();
+    prop_assert!(end.is_ok(), "in the end: {:?}", end);
+    Ok(())
+}
 
-    /// What is told is what was written, each page once, and nothing is lost with its slot or with a
-    /// call that fails. Clearing touches no page that was not asked for.
+// What is told is what was written, each page once, and nothing is lost with its slot or with a call
+// that fails. Clearing touches no page that was not asked for.
+proptest! {
+    #![proptest_config(cases(1100))]
+
     #[test]
-    fn what_is_told_is_what_was_written(how in ways(), plan in plans()) {
-        let mut world = World::new(how);
-        for (op, fault) in &plan {
-            if let Err(wrong) = world.run(op, *fault) {
-                prop_assert!(false, "{:?}: {}", op, wrong);
-            }
-        }
-        if let Err(wrong) = world.finish() {
-            prop_assert!(false, "in the end: {}", wrong);
-        }
+    fn what_logs_tell_is_what_was_written(plan in plans()) {
+        run(DirtyTracking::Log, &plan)?;
+    }
+
+    #[test]
+    fn with_manual_protection_what_is_told_is_what_was_written(plan in plans()) {
+        run(DirtyTracking::ManualProtect { initially_set: false }, &plan)?;
+    }
+
+    #[test]
+    fn pages_that_count_as_written_at_first_are_told_as_well(plan in plans()) {
+        run(DirtyTracking::ManualProtect { initially_set: true }, &plan)?;
+    }
+
+    #[test]
+    fn what_rings_tell_is_what_was_written(plan in plans()) {
+        run(DirtyTracking::Ring { bytes: 4096 }, &plan)?;
     }
 }

@@ -2,7 +2,6 @@
 
 use hv_core::layer::Faults;
 use hv_core::{Errno, Ioctl};
-use hv_memory::DirtyTracking;
 use proptest::prelude::*;
 
 /// Pages of the guest that slots may be at.
@@ -36,6 +35,8 @@ pub(crate) enum Op {
         page: u64,
         pages: u64,
     },
+    /// A guest writes to all pages of a slot, which is more than a ring has room for.
+    Flood(usize),
     Harvest,
     Read,
     /// Of what was read last; some bytes more or less than whole pages.
@@ -66,14 +67,6 @@ impl Fault {
 
 pub(crate) type Plan = Vec<(Op, Option<Fault>)>;
 
-pub(crate) fn ways() -> impl Strategy<Value = DirtyTracking> {
-    prop_oneof![
-        Just(DirtyTracking::Log),
-        Just(DirtyTracking::ManualProtect { initially_set: false }),
-        Just(DirtyTracking::ManualProtect { initially_set: true }),
-    ]
-}
-
 pub(crate) fn plans() -> impl Strategy<Value = Plan> {
     let slot = || 0..8_usize;
     let op = prop_oneof![
@@ -89,6 +82,7 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
         2 => (slot(), prop::bool::weighted(0.7)).prop_map(|(slot, on)| Op::Log(slot, on)),
         8 => (0..2_u32, slot(), prop::collection::vec(0..140_u64, 1..6))
             .prop_map(|(vcpu, slot, pages)| Op::Guest { vcpu, slot, pages }),
+        1 => slot().prop_map(Op::Flood),
         4 => (0..HOST, 0..70_u64).prop_map(|(page, pages)| Op::Vmm { page, pages }),
         3 => Just(Op::Harvest),
         3 => Just(Op::Read),
@@ -98,6 +92,7 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
     let ioctl = prop_oneof![
         Just(Ioctl::GetDirtyLog),
         Just(Ioctl::ClearDirtyLog),
+        Just(Ioctl::ResetDirtyRings),
         Just(Ioctl::SetUserMemoryRegion),
     ];
     let fault = prop_oneof![(0..4_u64).prop_map(Fault::Nth), ioctl.prop_map(Fault::Of)];

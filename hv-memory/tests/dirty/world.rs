@@ -52,7 +52,10 @@ impl World {
         let limits = SlotLimits { slots: 6, address_bits: 36 };
         let (manager, _) = SlotManager::adopt::<&str>(vm.clone(), [], limits).unwrap();
         manager.track_dirty(how).unwrap();
-        let vcpus = (0..2).map(|id| vm.create_vcpu(id).unwrap()).collect();
+        let vcpus: Vec<TestVcpu> = (0..2).map(|id| vm.create_vcpu(id).unwrap()).collect();
+        if let DirtyTracking::Ring { .. } = how {
+            vcpus.iter().for_each(|vcpu| manager.add_dirty_ring(vcpu).unwrap());
+        }
         Self {
             fake,
             witness,
@@ -79,7 +82,7 @@ impl World {
 
     /// Carries an operation out and says what is wrong with what came of it.
     pub(crate) fn run(&mut self, op: &Op, fault: Option<Fault>) -> Result<(), String> {
-        if let Some(fault) = fault.filter(|_| !matches!(op, Op::Guest { .. })) {
+        if let Some(fault) = fault.filter(|_| !matches!(op, Op::Guest { .. } | Op::Flood(_))) {
             self.chosen.choose(fault.plan());
         }
         let answer = self.carry_out(op);
@@ -88,7 +91,9 @@ impl World {
             Answer::Done => {}
             Answer::Slot(SlotError::Overlap { .. } | SlotError::NoFreeSlot { .. }) => {}
             Answer::Slot(SlotError::Kvm { error, .. } | SlotError::DirtyLog { error, .. })
-            | Answer::Dirty(DirtyError::Kvm { error, .. }) => check_injected(injected, &error)?,
+            | Answer::Dirty(DirtyError::Kvm { error, .. } | DirtyError::Rings(error)) => {
+                check_injected(injected, &error)?
+            }
             Answer::Slot(error) => return Err(error.to_string()),
             Answer::Dirty(error) => return Err(error.to_string()),
         }
@@ -131,6 +136,11 @@ impl World {
             }
             Op::Guest { vcpu, slot, ref pages } => {
                 self.guest_writes(vcpu, slot, pages)?;
+                Answer::Done
+            }
+            Op::Flood(slot) => {
+                let pages: Vec<u64> = (0..HOST).collect();
+                self.guest_writes(0, slot, &pages)?;
                 Answer::Done
             }
             Op::Vmm { page, pages } => {
@@ -212,13 +222,16 @@ impl World {
             match self.vcpus[vcpu as usize].run().map_err(|error| error.to_string())? {
                 VcpuExit::Hlt => break,
                 VcpuExit::Mmio(_) => {} // a ROM
+                VcpuExit::DirtyRingFull => {
+                    self.manager.empty_dirty_rings().map_err(|error| error.to_string())?;
+                }
                 exit => return Err(format!("{exit:?}")),
             }
         }
         let readonly = self.view.slots().into_iter().filter(|slot| slot.flags.readonly);
         let readonly: Pages = readonly.map(|slot| slot.guest.0 / PAGE).collect();
         if slot.logs && !readonly.contains(&slot.first) {
-            let stays = self.how == DirtyTracking::Log;
+            let stays = !matches!(self.how, DirtyTracking::ManualProtect { .. });
             pages.iter().for_each(|page| self.model.write(*page, stays));
         }
         Ok(())
