@@ -5,6 +5,7 @@
 
 mod callgrind;
 mod irq;
+mod memory;
 mod paired;
 mod table;
 mod traits;
@@ -34,6 +35,8 @@ pub(crate) enum Bench {
     Traits,
     /// What giving GSIs out, and committing routes, costs
     Irq,
+    /// What guest memory costs
+    Memory,
 }
 
 /// Why there is no result, or that it is not good enough.
@@ -69,6 +72,7 @@ pub(crate) fn run(bench: Option<Bench>) -> Result<(), Error> {
         rows.extend(match bench {
             Bench::Traits => traits::run()?,
             Bench::Irq => irq::run()?,
+            Bench::Memory => memory::run()?,
         });
     }
     let table = Table(&rows);
