@@ -87,6 +87,18 @@ impl HostRange {
         self.offset
     }
 
+    /// This range and `next` in one, or `None` unless `next` begins where this one ends, in the same
+    /// memory.
+    #[must_use]
+    pub fn join(&self, next: &Self) -> Option<Self> {
+        // Two mappings side by side are still two, of which each may go without the other.
+        let same = std::ptr::addr_eq(Arc::as_ptr(&self.memory), Arc::as_ptr(&next.memory));
+        if !same || self.offset.checked_add(self.len)? != next.offset {
+            return None;
+        }
+        Self::new(self.memory.clone(), self.offset, self.len.checked_add(next.len)?)
+    }
+
     /// The bytes. Empty if the memory no longer has them, which a well-behaved one always does.
     #[must_use]
     pub fn bytes(&self) -> &[AtomicU8] {
@@ -260,6 +272,17 @@ mod tests {
         let of: &dyn Any = &**slice.memory();
         assert!(std::ptr::eq(of.downcast_ref::<Bytes>().unwrap(), &*memory));
         assert_eq!(slice.offset(), 6);
+    }
+
+    #[test]
+    fn what_follows_in_the_same_memory_can_be_joined() {
+        let memory = bytes(16);
+        let range = |offset, len| HostRange::new(memory.clone(), offset, len).unwrap();
+        assert_eq!(range(2, 4).join(&range(6, 3)), Some(range(2, 7)));
+        assert_eq!(range(2, 4).join(&range(7, 3)), None, "a gap");
+        assert_eq!(range(6, 3).join(&range(2, 4)), None, "the wrong way round");
+        let other = HostRange::new(bytes(16), 6, 3).unwrap();
+        assert_eq!(range(2, 4).join(&other), None, "other memory");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::{DirtyError, DirtyPages, DirtyTracking, GuestRange};
 
 /// # Dirty pages
 ///
-/// A page is dirty from when the guest, or the VMM through a [`crate::TrackedMemory`], writes to it
+/// A page is dirty from when the guest, or the VMM through a [`crate::RamMemory`], writes to it
 /// while a slot that logs ([`hv_core::SlotFlags::log_dirty`]) has it, until it is harvested or cleared.
 /// It stays dirty, at the address it was written at, if the slot is removed, unmapped or moved, or
 /// ceases to log; and if a call fails.
