@@ -308,6 +308,10 @@ fn run(ops: &[(Op, bool)]) -> Result<(), TestCaseError> {
             (id.0, (guest.0, host.len() as u64, host.address(), flags))
         });
         prop_assert_eq!(&ours.collect::<BTreeMap<_, _>>(), &rules.slots);
+        let ordered: Vec<_> = manager.by_address().iter().map(|info| info.slot.guest.0).collect();
+        let mut starts: Vec<_> = rules.slots.values().map(|slot| slot.0).collect();
+        starts.sort_unstable();
+        prop_assert_eq!(ordered, starts);
         drop(rules);
         for page in 0..30 {
             let found = manager.at(GuestAddress(page * PAGE + 5)).is_some();

@@ -116,11 +116,24 @@ impl<M: MemoryBackend> SlotManager<M> {
     /// The memory is misaligned, empty, beyond the address bits or overlaps other memory, no slot is
     /// free, or KVM refuses.
     pub fn add(&self, new: NewSlot) -> Result<Slot<M>, SlotError> {
+        self.add_with(new, |table, name| table.unused_id(name))
+    }
+
+    /// The same with this number, which must be unused.
+    pub(crate) fn add_as(&self, id: SlotId, new: NewSlot) -> Result<Slot<M>, SlotError> {
+        self.add_with(new, |table, name| table.check_id(name, id).map(|()| id))
+    }
+
+    fn add_with(
+        &self,
+        new: NewSlot,
+        choose: impl FnOnce(&SlotTable, &Arc<str>) -> Result<SlotId, SlotError>,
+    ) -> Result<Slot<M>, SlotError> {
         let NewSlot { name, guest, host, flags } = new;
         let _gone;
         let mut state = self.shared.state();
         _gone = state.reap(&*self.shared.vm);
-        let id = state.table.unused_id(&name)?;
+        let id = choose(&state.table, &name)?;
         let slot = MemorySlot { id, guest, host, flags };
         let range = state.table.place(&name, &slot)?;
         let entry = Entry { name, slot, range, mapped: true };
@@ -138,6 +151,12 @@ impl<M: MemoryBackend> SlotManager<M> {
     #[must_use]
     pub fn slots(&self) -> Vec<SlotInfo> {
         self.shared.state().table.iter().map(SlotInfo::from).collect()
+    }
+
+    /// The slots the guest has, by guest address.
+    #[must_use]
+    pub fn by_address(&self) -> Vec<SlotInfo> {
+        self.shared.state().table.mapped().map(SlotInfo::from).collect()
     }
 
     /// How many more slots there can be.
@@ -318,6 +337,28 @@ impl<M: MemoryBackend> Slot<M> {
         let shared = self.shared()?;
         self.shared = Weak::new(); // what is left to drop
         shared.release(self.id)
+    }
+
+    /// Takes the memory away from the guest for good, or keeps the slot and its owner if KVM refuses.
+    pub(crate) fn try_remove(mut self) -> Result<(), (Self, SlotError)> {
+        let shared = match self.shared() {
+            Ok(shared) => shared,
+            Err(error) => return Err((self, error)),
+        };
+        // Dropped after the lock.
+        let _gone;
+        let mut state = shared.state();
+        match state.delete(&*shared.vm, self.id) {
+            Ok(entry) => {
+                _gone = entry;
+                self.shared = Weak::new(); // what is left to drop
+                Ok(())
+            }
+            Err(error) => {
+                drop(state);
+                Err((self, error))
+            }
+        }
     }
 
     fn change(&self, change: impl FnOnce(&mut MemorySlot)) -> Result<(), SlotError> {
