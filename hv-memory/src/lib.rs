@@ -1,7 +1,9 @@
-//! Guest memory for KVM, over vm-memory: RAM, memory slots, dirty pages, ioeventfds.
+//! Guest memory for KVM, over vm-memory: RAM, the address map, memory slots, dirty pages, ioeventfds.
 //!
 //! - [`RamLayout`] says where RAM goes, [`Backing`] what it is made of, [`GuestRam`] maps it before
 //!   the VM exists.
+//! - [`AddressMap`] has regions of RAM, ROM, devices and aliases, and flattens them; [`LiveMap`] is the map
+//!   of a VM, whose edits become a [`Plan`] of slot operations.
 //! - [`SlotManager`] knows the slots of a VM and hands out their owners, [`Slot`].
 //! - It also tells which pages were written, by the guest or the VMM: [`DirtyTracking`] says how KVM
 //!   tells, [`DirtyPages`] are the pages, [`WriteLog`] is what marks the VMM's writes.
@@ -15,6 +17,7 @@ mod backing;
 mod dirty;
 mod ioevent;
 mod layout;
+mod map;
 mod ram;
 mod range;
 mod slot;
@@ -26,6 +29,10 @@ pub use backing::{
 pub use dirty::{DirtyError, DirtyPages, DirtyRanges, DirtyTracking, WriteLog};
 pub use ioevent::{IoEventError, IoEventHandle, IoEventMatch, IoEventRegistry};
 pub use layout::{LayoutError, RamLayout};
+pub use map::{
+    AddressMap, AddressMapError, CommitError, Edit, FlatMemory, FlatRange, Found, LiveMap,
+    NewRegion, PausedPlan, Plan, RegionId, RunningPlan, SlotOperation, SlotRules,
+};
 pub use ram::{GuestRam, RamError, RamMemory};
 pub use range::GuestRange;
 pub use slot::{NewSlot, Slot, SlotError, SlotInfo, SlotLimits, SlotManager, VcpusPaused};

@@ -4,6 +4,7 @@
 //! pages: who needs alignment checks it.
 
 use std::fmt;
+use std::ops::Range;
 
 use vm_memory::GuestAddress;
 
@@ -33,6 +34,11 @@ impl GuestRange {
             Some(last) => Some(Self { start: start.0, last }),
             None => None,
         }
+    }
+
+    /// The addresses of a half-open range that has some, as this crate's own ranges do.
+    pub(crate) fn of(range: &Range<u64>) -> Self {
+        Self { start: range.start, last: range.end.saturating_sub(1).max(range.start) }
     }
 
     /// The first address.
