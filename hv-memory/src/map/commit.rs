@@ -9,6 +9,9 @@ use super::{CommitError, LiveMap, SlotOperation};
 use crate::{GuestRange, VcpusPaused};
 
 /// What an edit takes; see [`LiveMap::edit`]. Dropped without a commit, the edit has not happened.
+///
+/// It borrows the map until it is committed or dropped: `match map.edit(…)? { … }` ends that with the
+/// statement.
 #[must_use = "nothing changes before it is committed"]
 pub enum Plan<'a, M: MemoryBackend, R> {
     /// No vCPU can notice it in between.
