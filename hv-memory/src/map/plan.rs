@@ -3,6 +3,7 @@
 //! Pure: it knows neither map nor VM.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -36,6 +37,25 @@ pub enum SlotOperation {
     },
     /// A slot is made.
     Add(NewSlot),
+}
+
+impl fmt::Display for SlotOperation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Delete { range } => write!(f, "delete the slot at {range}"),
+            Self::Move { range, to } => write!(f, "move the slot at {range} to {:#x}", to.0),
+            Self::LogDirty { range, log_dirty } => {
+                let verb = if *log_dirty { "begin" } else { "cease" };
+                write!(f, "{verb} to log the slot at {range}")
+            }
+            Self::Add(NewSlot { name, guest, host, flags }) => {
+                let readonly = if flags.readonly { ", readonly" } else { "" };
+                let log = if flags.log_dirty { ", logging" } else { "" };
+                let (at, len) = (guest.0, host.len());
+                write!(f, "add {name:?} at {at:#x}, {len:#x} bytes{readonly}{log}")
+            }
+        }
+    }
 }
 
 /// A slot there is.
