@@ -85,7 +85,7 @@ fn commit<M: MemoryBackend, R>(plan: Plan<'_, M, R>) -> Result<R, Box<dyn Error>
         println!("  {operation}");
     }
     let pause = |away: &[GuestRange]| {
-        away.iter().for_each(|range| println!("  vCPUs paused: {range} was away for a moment"));
+        away.iter().for_each(|range| println!("  vCPUs paused: {range} is away for a moment"));
         Paused
     };
     Ok(plan.commit(pause)?)
