@@ -71,6 +71,11 @@ fn memory_and_doorbells() {
 }
 
 #[test]
+fn memory_and_dirty_rings() {
+    compare(Profile::Rings, 100);
+}
+
+#[test]
 fn order_of_creation() {
     compare(Profile::Creation, 100);
 }

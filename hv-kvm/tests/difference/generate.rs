@@ -14,6 +14,8 @@ pub(crate) enum Profile {
     Split,
     /// Slots, dirty logs, zones and ioeventfds.
     Memory,
+    /// The same with dirty rings.
+    Rings,
     /// What may be created when.
     Creation,
 }
@@ -56,6 +58,12 @@ pub(crate) fn steps(profile: Profile, random: &mut Random) -> Vec<Op> {
         Profile::Full => vec![Op::CreateIrqchip],
         Profile::Split => vec![Op::EnableCap(Capability::SplitIrqchip, 24)],
         Profile::Memory => vec![Op::CreateVcpu(0)],
+        // So large that no ring is ever full.
+        Profile::Rings => vec![
+            Op::EnableCap(Capability::DirtyLogRing, 0x8000),
+            Op::CreateVcpu(0),
+            Op::CreateVcpu(1),
+        ],
         Profile::Creation => vec![],
     };
     if matches!(profile, Profile::Full | Profile::Split) {
@@ -71,11 +79,17 @@ pub(crate) fn steps(profile: Profile, random: &mut Random) -> Vec<Op> {
         match profile {
             Profile::Full | Profile::Split => interrupts(random, profile, &mut steps),
             Profile::Memory => memory(random, &mut steps),
+            Profile::Rings if random.one_in(8) => steps.push(Op::TakeDirty),
+            Profile::Rings => rings(random, &mut steps),
             Profile::Creation => creation(random, &mut steps),
         }
     }
     if profile != Profile::Creation {
         steps.push(Op::TakeEvents);
+        steps.push(Op::TakeWrites);
+    }
+    if profile == Profile::Rings {
+        steps.push(Op::TakeDirty);
     }
     steps
 }
@@ -348,6 +362,7 @@ fn memory(random: &mut Random, steps: &mut Vec<Op>) {
             length: random.pick(&[0, 1, 1, 2, 4, 4, 8, 3]),
             datamatch: random.one_in(3).then(|| random.below(3) as u64),
         },
+        18 if random.one_in(2) => Op::TakeWrites,
         18 => Op::TakeEvents,
         19 | 20 => {
             let address = address(random);
@@ -367,6 +382,20 @@ fn memory(random: &mut Random, steps: &mut Vec<Op>) {
         }
     };
     steps.push(step);
+}
+
+/// The same for dirty rings, by two vCPUs. Logs never begin full: then what is reported depends on
+/// who makes the guest's writes, the processor or KVM.
+fn rings(random: &mut Random, steps: &mut Vec<Op>) {
+    let before = steps.len();
+    memory(random, steps);
+    for step in steps.iter_mut().skip(before) {
+        match step {
+            Op::EnableCap(Capability::ManualDirtyLogProtect2, flags) => *flags &= 1,
+            Op::Write { vcpu, .. } => *vcpu = random.below(2) as u32,
+            _ => {}
+        }
+    }
 }
 
 // Creation.

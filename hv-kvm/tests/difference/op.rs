@@ -103,4 +103,8 @@ pub(crate) enum Op {
     },
     /// The VMM looks at its eventfds.
     TakeEvents,
+    /// The VMM takes what zones have collected.
+    TakeWrites,
+    /// The VMM collects what is in the dirty rings, and resets them.
+    TakeDirty,
 }

@@ -6,8 +6,9 @@ use std::os::fd::AsFd;
 
 use hv_core::conformance::{Checked, Guest, Platform, Seen, VcpuOf, VmOf};
 use hv_core::{
-    CoalescedZone, Error, EventFd, Gsi, Hypervisor, IoAddress, IoEvent, IoEventBackend, IrqBackend,
-    Irqfd, MemoryBackend, MemorySlot, MmioExit, SlotFlags, SlotId, Vcpu, VcpuExit, Vm,
+    CoalescedWrite, CoalescedZone, Error, EventFd, Gsi, Hypervisor, IoAddress, IoEvent,
+    IoEventBackend, IrqBackend, Irqfd, MemoryBackend, MemorySlot, MmioExit, SlotFlags, SlotId,
+    Vcpu, VcpuExit, Vm,
 };
 use kvm_bindings::kvm_pit_config;
 use vm_memory::GuestAddress;
@@ -118,6 +119,11 @@ impl<'p, P: Platform> World<'p, P> {
                 None => "nobody".into(),
             },
             Op::TakeEvents => self.take_events(),
+            Op::TakeWrites => match self.guests.values_mut().next() {
+                Some(guest) => plain(take_writes(guest.vcpu())),
+                None => "nobody".into(),
+            },
+            Op::TakeDirty => plain(self.take_dirty()),
             Op::Signal(number) => {
                 self.events[*number].signal();
                 self.wait_for_workers();
@@ -213,6 +219,22 @@ impl<'p, P: Platform> World<'p, P> {
         }
     }
 
+    /// The pages in the dirty rings of all vCPUs together: KVM may report one more often than it had
+    /// to, and to more than one.
+    fn take_dirty(&mut self) -> Result<BTreeSet<(u32, u64)>, Error> {
+        let mut all = BTreeSet::new();
+        for guest in self.guests.values_mut() {
+            // None is ever full, and all that are dirty are collected each time.
+            for entry in guest.vcpu().dirty_ring()?.entries() {
+                if let Some(page) = entry.dirty() {
+                    all.insert((page.slot.0, page.page));
+                    entry.collect();
+                }
+            }
+        }
+        self.vm.reset_dirty_rings().map(|_| all)
+    }
+
     /// The counts of the eventfds, and which resample eventfds were signalled.
     fn take_events(&mut self) -> Answer {
         let counts: Vec<_> = self.events.iter().map(EventFd::take).collect();
@@ -230,6 +252,15 @@ impl<'p, P: Platform> World<'p, P> {
             self.vm.irqfd_deassign(&self.barrier, gsi).unwrap();
         }
     }
+}
+
+/// What zones have collected.
+fn take_writes(vcpu: &impl Vcpu) -> Result<Vec<CoalescedWrite>, Error> {
+    let mut all = Vec::new();
+    while vcpu.has_coalesced_write() {
+        all.extend(vcpu.take_coalesced_write()?);
+    }
+    Ok(all)
 }
 
 /// The interrupts a guest takes if it ends each, and those whose end the VMM is told; [`STORM`] if
