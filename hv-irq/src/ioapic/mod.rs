@@ -135,8 +135,9 @@ impl<V: IrqBackend> Ioapic<V> {
     /// There is no such pin, or KVM refuses the message.
     pub fn pulse(&self, pin: u8) -> Result<(), RouterError> {
         let mut registers = self.chip.registers();
-        self.chip.drive(&mut registers, pin, true)?;
-        self.chip.drive(&mut registers, pin, false)
+        let sent = self.chip.drive(&mut registers, pin, true);
+        // Also if it was not sent: the next one needs an edge, too.
+        sent.and(self.chip.drive(&mut registers, pin, false))
     }
 
     /// The guest ended the interrupt with this vector (`KVM_EXIT_IOAPIC_EOI`). Pins whose line is
@@ -182,7 +183,9 @@ impl<V: IrqBackend> Chip<V> {
         Ok(())
     }
 
+    /// Of several pins with this vector, each ends, also if the message of another is refused.
     fn end(&self, registers: &mut Registers, vector: u8) -> Result<(), RouterError> {
+        let mut sent = Ok(());
         for pin in 0..PINS {
             let Some(entry) = registers.entries.get_mut(pin) else { continue };
             if entry.is_level() && entry.vector() == vector {
@@ -190,10 +193,10 @@ impl<V: IrqBackend> Chip<V> {
             }
             if entry.remote_irr() && entry.vector() == vector {
                 *entry = entry.with_remote_irr(false);
-                self.deliver_level(registers, pin)?;
+                sent = sent.and(self.deliver_level(registers, pin));
             }
         }
-        Ok(())
+        sent
     }
 
     fn write_window(&self, registers: &mut Registers, value: u32) -> Result<(), RouterError> {

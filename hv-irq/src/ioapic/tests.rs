@@ -337,3 +337,40 @@ fn an_event_that_waits_survives_a_refused_unmask() {
     assert_eq!(trigger.take(), Some(1));
     assert!(!pin.take_end());
 }
+
+/// A VM that takes routes.
+fn routable() -> MockVm {
+    let mut vm = MockVm::new();
+    vm.expect_drop().return_const(());
+    vm.expect_set_gsi_routing().returning(|_| Ok(()));
+    vm
+}
+
+#[test]
+fn each_pin_ends_though_the_message_of_another_is_refused() {
+    let mut vm = routable();
+    let refused = Error::new(Ioctl::SignalMsi, Errno::ENOMEM);
+    vm.expect_signal_msi().times(2).returning(|_| Ok(MsiStatus::Delivered));
+    vm.expect_signal_msi().once().returning(move |_| Err(refused));
+    vm.expect_signal_msi().once().returning(|_| Ok(MsiStatus::Delivered));
+    let ioapic = Ioapic::new(split(vm)).unwrap();
+    for pin in [9, 10] {
+        set(&ioapic, low(pin), LEVEL_0X41);
+        ioapic.set_line(pin, true).unwrap();
+    }
+    assert_eq!(ioapic.eoi(0x41), Err(RouterError::Kvm(refused)));
+    assert_eq!(get(&ioapic, low(9)), LEVEL_0X41, "ready to send");
+    assert_eq!(get(&ioapic, low(10)), LEVEL_0X41 | 0x4000, "ended, and sent again");
+}
+
+#[test]
+fn a_refused_pulse_does_not_take_the_next_one_with_it() {
+    let mut vm = routable();
+    let refused = Error::new(Ioctl::SignalMsi, Errno::ENOMEM);
+    vm.expect_signal_msi().once().returning(move |_| Err(refused));
+    vm.expect_signal_msi().once().returning(|_| Ok(MsiStatus::Delivered));
+    let ioapic = Ioapic::new(split(vm)).unwrap();
+    set(&ioapic, low(4), 0x31);
+    assert_eq!(ioapic.pulse(4), Err(RouterError::Kvm(refused)));
+    ioapic.pulse(4).unwrap();
+}
