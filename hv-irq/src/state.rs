@@ -28,6 +28,8 @@ pub(crate) enum Op {
     Clear(Gsi),
     /// Binds an eventfd to a GSI; only a legacy one may have several.
     Bind(Irqfd),
+    /// The same, unless it is bound that way: what could not be undone may still be.
+    Keep(Irqfd),
     /// Unbinds all eventfds of a GSI.
     Unbind(Gsi),
     /// Unbinds an eventfd.
@@ -268,7 +270,8 @@ impl State {
                 let before = self.table.put(*gsi, Targets::None);
                 change.routes.push((*gsi, before));
             }
-            Op::Bind(irqfd) => {
+            Op::Keep(irqfd) if self.irqfds.get(irqfd.event.as_raw_fd()) == Some(irqfd) => {}
+            Op::Bind(irqfd) | Op::Keep(irqfd) => {
                 let (gsi, fd) = (irqfd.gsi, irqfd.event.as_raw_fd());
                 // KVM would take it, and lose every event.
                 if self.table.get(gsi) == Targets::None {

@@ -55,7 +55,7 @@ impl Triggers {
         let gsi = Gsi(pin as u32);
         for Trigger { event, .. } in self.of(pin) {
             batch.stage(if bind {
-                Op::Bind(Irqfd { event: event.clone(), gsi, resample: None })
+                Op::Keep(Irqfd { event: event.clone(), gsi, resample: None })
             } else {
                 Op::UnbindEvent(event.as_raw_fd())
             });

@@ -374,3 +374,22 @@ fn a_refused_pulse_does_not_take_the_next_one_with_it() {
     assert_eq!(ioapic.pulse(4), Err(RouterError::Kvm(refused)));
     ioapic.pulse(4).unwrap();
 }
+
+#[test]
+fn a_pin_can_be_unmasked_after_an_unmask_that_could_not_be_undone() {
+    let mut vm = routable();
+    let refused = Error::new(Ioctl::Irqfd, Errno::ENOMEM);
+    vm.expect_irqfd_assign().once().returning(|_| Ok(()));
+    vm.expect_irqfd_assign().once().returning(move |_| Err(refused));
+    vm.expect_irqfd_deassign().once().returning(move |_, _| Err(refused));
+    vm.expect_irqfd_assign().once().returning(|_| Ok(()));
+    vm.expect_irqfd_deassign().times(2).returning(|_, _| Ok(()));
+    let ioapic = Ioapic::new(split(vm)).unwrap();
+    let _pins = [(); 2].map(|()| ioapic.bind_level(10, event(), event()).unwrap());
+    ioapic.write(register::SELECT, &[low(10)]).unwrap();
+    let unmask = || ioapic.write(register::WINDOW, &LEVEL_0X41.to_le_bytes());
+    assert!(matches!(unmask(), Err(RouterError::RollbackFailed { .. })));
+    assert_eq!(ioapic.chip.router.irqfds().len(), 1, "KVM still has it");
+    unmask().unwrap();
+    assert_eq!(ioapic.chip.router.irqfds().len(), 2);
+}

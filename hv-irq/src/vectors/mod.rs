@@ -9,7 +9,6 @@ mod save;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::os::fd::AsRawFd;
 use std::sync::{Arc, Weak};
 
 use hv_core::{EventFd, Gsi, IrqBackend, Irqfd, Msi, RouteTarget};
@@ -278,9 +277,7 @@ impl<V: IrqBackend> MsiVectors<V> {
                 Some(gsi) if live => {
                     ops.push(Op::Set(gsi, RouteTarget::Msi(entry.message)));
                     let irqfd = Irqfd { event: vector.event.clone(), gsi, resample: None };
-                    if state.irqfds.get(vector.event.as_raw_fd()) != Some(&irqfd) {
-                        ops.push(Op::Bind(irqfd));
-                    }
+                    ops.push(Op::Keep(irqfd));
                 }
                 Some(gsi) if control.enabled => ops.push(Op::Unbind(gsi)),
                 Some(gsi) => {
