@@ -26,12 +26,12 @@ use world::{Ran, World};
 
 type Checked = Result<(), TestCaseError>;
 
-/// As many cases as `PROPTEST_CASES` says, or else few enough for each change.
-pub(crate) fn cases(cases: u32) -> ProptestConfig {
+/// As many cases as `PROPTEST_CASES` says, or else what each change has to pass.
+pub(crate) fn cases() -> ProptestConfig {
     let config = ProptestConfig::default();
     match std::env::var_os("PROPTEST_CASES") {
         Some(_) => config,
-        None => ProptestConfig { cases, ..config },
+        None => ProptestConfig { cases: 4096, ..config },
     }
 }
 
@@ -57,7 +57,7 @@ fn run(
 }
 
 proptest! {
-    #![proptest_config(cases(350))]
+    #![proptest_config(cases())]
 
     /// 1. A GSI is taken exactly when a handle owns it, or a route nobody owns has it.
     #[test]
