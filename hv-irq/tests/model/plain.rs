@@ -179,6 +179,7 @@ proptest! {
             prop_assert_eq!(numbers(bitmap.iter().collect()), taken, "{:?}", how);
             prop_assert_eq!(bitmap.len() as usize, model.taken.len());
             prop_assert_eq!(bitmap.available() as usize, model.available());
+            prop_assert!((count..count + 64).all(|gsi| !bitmap.is_allocated(Gsi(gsi))));
             if let Ok(gsi) = bitmap.allocate() {
                 bitmap.free(gsi).unwrap();
             }
