@@ -1,8 +1,8 @@
 //! `Replay`: a hypervisor that does what a transcript says.
 //!
 //! It answers every call with what the transcript has for it, if it is the call the transcript has.
-//! There is no KVM behind it and no guest: what it can't know (guest memory, the time) it does not
-//! have. When calls happen is decided in [`order`], what they answer by the transcript; this
+//! There is no KVM behind it and no guest: what it can't know (guest memory, the contents of dirty
+//! rings, the time) it does not have. When calls happen is decided in [`order`], what they answer by the transcript; this
 //! module and its children only put the two together.
 //!
 //! What is strict and what is not:
@@ -10,6 +10,8 @@
 //! - All calls, their arguments and their order, over all threads, are those of the transcript.
 //!   Eventfds and host memory are the VMM's own; only their numbers and lengths are compared.
 //! - Signals of doorbells come where they came, while the vCPUs run that ran then. What the VMM signals itself is not looked at.
+//! - Looking whether there are collected writes is no call and has no line. Where the next line of a
+//!   vCPU is one that was taken, there is one, as soon as it is its turn.
 //! - A kick waits for its line like any call. But how often a VMM kicks, and whether a vCPU that is to
 //!   end runs once more, may depend on timing. So a kick that can make no difference, because the
 //!   vCPU was already kicked and not interrupted since or does not run any more, needs no line;

@@ -4,6 +4,7 @@ mod differences;
 mod fake;
 mod guest;
 mod hostile;
+mod rings;
 mod waiting;
 
 use std::io::{self, Cursor, Write};
