@@ -55,8 +55,11 @@ pub(crate) struct Ring {
 impl Ring {
     /// Whether there is nothing to take.
     pub(crate) fn is_empty(&self) -> bool {
-        // Acquire: who sees that a write was taken sees what its taker did before.
-        self.first.load(Ordering::Acquire) == self.last.load(Ordering::Acquire)
+        // The newest first: then all that was there at that moment has been taken. The other way round
+        // the ring may have gone round in between. Acquire: who sees that a write was taken sees what
+        // its taker did before.
+        let last = self.last.load(Ordering::Acquire);
+        self.first.load(Ordering::Acquire) == last
     }
 
     /// Takes the oldest write; one caller at a time. `EIO` if the page holds what KVM never writes.

@@ -1,4 +1,5 @@
-//! Guest memory for KVM, over vm-memory: RAM, the address map, memory slots, dirty pages, ioeventfds.
+//! Guest memory for KVM, over vm-memory: RAM, the address map, memory slots, dirty pages, ioeventfds,
+//! coalesced zones.
 //!
 //! - [`RamLayout`] says where RAM goes, [`Backing`] what it is made of, [`GuestRam`] maps it before
 //!   the VM exists.
@@ -8,6 +9,8 @@
 //! - It also tells which pages were written, by the guest or the VMM: [`DirtyTracking`] says how KVM
 //!   tells, [`DirtyPages`] are the pages, [`WriteLog`] is what marks the VMM's writes.
 //! - [`IoEventRegistry`] knows its ioeventfds and hands out their owners, [`IoEventHandle`].
+//! - [`CoalescedZones`] knows its coalesced zones, hands out their owners, [`ZoneHandle`], and what
+//!   they collected.
 //! - [`Mapping`] is host memory, [`GuestRange`] a range of guest-physical addresses.
 //!
 //! Generic over [`hv_core::MemoryBackend`] and [`hv_core::IoEventBackend`]. Nothing here assumes a
@@ -21,6 +24,7 @@ mod map;
 mod ram;
 mod range;
 mod slot;
+mod zones;
 
 pub use backing::{
     Backing, BackingFile, FileError, FileProblem, HugePageSize, HugePages, KeptSize, MapError,
@@ -36,6 +40,7 @@ pub use map::{
 pub use ram::{GuestRam, RamError, RamMemory};
 pub use range::GuestRange;
 pub use slot::{NewSlot, Slot, SlotError, SlotInfo, SlotLimits, SlotManager, VcpusPaused};
+pub use zones::{CoalescedZones, ZoneError, ZoneHandle, ZoneSupport};
 
 /// Bytes of a page of the host: what slots and their memory are aligned to.
 #[must_use]
