@@ -1,16 +1,17 @@
-//! What a slot costs that is added and deleted through hv-memory, on `/dev/kvm`, beside
+//! What a slot costs that is added and deleted on `/dev/kvm`, among others:
 //!
-//! - `one`: one other slot,
-//! - `control`: one other slot of another VM, to show what the figures of this machine are worth,
-//! - `many`: 1000 other slots,
-//! - `raw-one`, `raw-many`: the same by the two calls alone, without a map.
-//!
-//! The others are in a [`LiveMap`], as is what comes and goes: two edits, two plans, two commits.
+//! - `slot-one`, `slot-many`: by hv-memory's slot manager, beside one other slot and beside 1000,
+//! - `control`: the first again with another VM, to show what the figures of this machine are worth,
+//! - `map-one`, `map-many`: by edits of a [`LiveMap`] that has the others as well, each planned and
+//!   committed,
+//! - `raw-one`, `raw-many`: by the two calls alone.
 //!
 //! As a criterion benchmark each is measured on its own. With `-- --paired SERIES` they take turns, and
-//! one line of times is printed per round. `cargo xtask bench memory` judges them. A line also has the time
-//! the thread was on a processor (`one-cpu`): KVM waits until no vCPU can be using the old slots, and
-//! how long that takes is the machine's business.
+//! one line of times is printed per round. `cargo xtask bench memory` judges them.
+//!
+//! KVM waits until no vCPU can be using the old slots, as long as that takes on a machine that does other
+//! things, too. So a line also has the time the thread was on a processor (`slot-one-cpu`), without
+//! that wait: it is the same for all, and only hides what they differ in.
 
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a benchmark")]
 #![allow(clippy::indexing_slicing, reason = "a benchmark")]
@@ -24,7 +25,7 @@ use hv_core::{
     Vm as _,
 };
 use hv_kvm::{Kvm, KvmVm};
-use hv_memory::{AddressMap, LiveMap, Mapping, NewRegion, SlotRules, VcpusPaused};
+use hv_memory::{AddressMap, LiveMap, Mapping, NewRegion, NewSlot, SlotRules, VcpusPaused};
 use rustix::time::{ClockId, clock_gettime};
 use vm_memory::GuestAddress;
 
@@ -55,19 +56,26 @@ fn on_cpu() -> Duration {
 struct NoVcpus;
 impl VcpusPaused for NoVcpus {}
 
-/// A VM with some slots.
+/// How a slot comes and goes.
+#[derive(Clone, Copy)]
+enum By {
+    Ioctl,
+    Manager,
+    Map,
+}
+
+/// A VM with some slots, all of them of a map.
 struct Slots {
     map: LiveMap<KvmVm>,
     vm: Arc<KvmVm>,
-    /// Without the map.
-    raw: bool,
+    by: By,
     host: HostRange,
     others: u64,
     turn: u64,
 }
 
 impl Slots {
-    fn new(others: u64, raw: bool) -> Self {
+    fn new(others: u64, by: By) -> Self {
         let vm = Arc::new(Kvm::open("/dev/kvm").unwrap().create_vm(0).unwrap());
         let memory = Arc::new(Mapping::anonymous(PAGE).unwrap());
         let host = HostRange::new(memory, 0, usize::try_from(PAGE).unwrap()).unwrap();
@@ -84,7 +92,7 @@ impl Slots {
         .commit(|_| NoVcpus)
         .unwrap();
         assert_eq!(map.slots().len() as u64, others);
-        Self { map, vm, raw, host, others, turn: 0 }
+        Self { map, vm, by, host, others, turn: 0 }
     }
 
     /// A slot comes between two others, and goes.
@@ -92,16 +100,25 @@ impl Slots {
         self.turn += 1;
         let other = self.turn.wrapping_mul(2_654_435_761) % self.others;
         let guest = GuestAddress((2 * other + 1) * STRIDE);
-        if self.raw {
-            let id = SlotId(u32::try_from(self.others).unwrap());
-            let (host, flags) = (self.host.clone(), SlotFlags::default());
-            self.vm.set_memory_slot(&MemorySlot { id, guest, host, flags }).unwrap();
-            self.vm.delete_memory_slot(id).unwrap();
-            return;
+        let (host, flags) = (self.host.clone(), SlotFlags::default());
+        match self.by {
+            By::Ioctl => {
+                let id = SlotId(u32::try_from(self.others).unwrap());
+                self.vm.set_memory_slot(&MemorySlot { id, guest, host, flags }).unwrap();
+                self.vm.delete_memory_slot(id).unwrap();
+            }
+            By::Manager => {
+                let new = NewSlot { name: "slot".into(), guest, host, flags };
+                self.map.manager().add(new).unwrap().remove().unwrap();
+            }
+            By::Map => {
+                let region = NewRegion::ram("slot", host).at(guest, 0);
+                let plan = self.map.edit(|edit| edit.add(region)).unwrap();
+                let added = plan.commit(|_| NoVcpus).unwrap();
+                let plan = self.map.edit(|edit| edit.remove(added)).unwrap();
+                plan.commit(|_| NoVcpus).unwrap();
+            }
         }
-        let region = NewRegion::ram("slot", self.host.clone()).at(guest, 0);
-        let added = self.map.edit(|edit| edit.add(region)).unwrap().commit(|_| NoVcpus).unwrap();
-        self.map.edit(|edit| edit.remove(added)).unwrap().commit(|_| NoVcpus).unwrap();
     }
 
     fn time(&mut self, turns: u64) -> Times {
@@ -115,11 +132,13 @@ impl Slots {
 
 fn loops() -> Vec<(&'static str, Slots)> {
     vec![
-        ("one", Slots::new(1, false)),
-        ("control", Slots::new(1, false)),
-        ("many", Slots::new(1000, false)),
-        ("raw-one", Slots::new(1, true)),
-        ("raw-many", Slots::new(1000, true)),
+        ("slot-one", Slots::new(1, By::Manager)),
+        ("control", Slots::new(1, By::Manager)),
+        ("slot-many", Slots::new(1000, By::Manager)),
+        ("map-one", Slots::new(1, By::Map)),
+        ("map-many", Slots::new(1000, By::Map)),
+        ("raw-one", Slots::new(1, By::Ioctl)),
+        ("raw-many", Slots::new(1000, By::Ioctl)),
     ]
 }
 

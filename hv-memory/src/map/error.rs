@@ -167,7 +167,7 @@ pub enum CommitError {
         /// What failed first.
         error: SlotError,
         /// What failed first when that was undone.
-        rollback: SlotError,
+        rollback: Box<SlotError>,
         /// Where slots may differ from the map.
         ranges: Vec<GuestRange>,
     },

@@ -89,7 +89,7 @@ impl From<&Record> for SlotRules {
 pub struct LiveMap<M: MemoryBackend> {
     // The manager goes before the owners of slots, which then leave them to the VM.
     manager: SlotManager<M>,
-    live: BTreeMap<u64, Live<M>>,
+    live: BTreeMap<u64, Box<Live<M>>>,
     map: AddressMap,
     rules: SlotRules,
     /// Where slots may differ from the map, because a commit failed halfway.
@@ -140,7 +140,8 @@ impl<M: MemoryBackend> LiveMap<M> {
         let live = slots.into_iter().zip(owners).map(|((name, slot), owner)| {
             let start = slot.guest.0;
             let range = start..start.saturating_add(slot.host.len() as u64);
-            (start, Live { name, range, host: slot.host, flags: slot.flags, slot: owner })
+            let live = Live { name, range, host: slot.host, flags: slot.flags, slot: owner };
+            (start, Box::new(live))
         });
         let live = live.collect();
         let (unsettled, deleted) = (Vec::new(), BTreeMap::new());
@@ -296,7 +297,8 @@ impl<M: MemoryBackend> LiveMap<M> {
                     CommitError::Refused(error)
                 }
                 Err(rollback) => {
-                    CommitError::RollbackFailed { error, rollback, ranges: self.unsettled() }
+                    let (rollback, ranges) = (Box::new(rollback), self.unsettled());
+                    CommitError::RollbackFailed { error, rollback, ranges }
                 }
             });
         }
@@ -350,7 +352,7 @@ impl<M: MemoryBackend> LiveMap<M> {
         self.deleted.remove(&slot.id());
         let NewSlot { name, guest, host, flags } = new;
         let range = guest.0..guest.0.saturating_add(host.len() as u64);
-        self.live.insert(guest.0, Live { name, range, host, flags, slot });
+        self.live.insert(guest.0, Box::new(Live { name, range, host, flags, slot }));
     }
 
     /// Deletes the slot at an address. None if there is none, because it could not be made.

@@ -104,7 +104,7 @@ impl World {
         };
         let wanted = slots(&pages_after, setup.max);
         let too_many = wanted.len() > setup.slots as usize;
-        let plan = match { planned } {
+        let plan = match std::convert::identity(planned) {
             Ok(plan) => plan,
             Err(error) => {
                 match (refusal(&error), in_the_end) {
@@ -156,7 +156,7 @@ impl World {
             Fate::Fail(n) => witness.fail_after(n, 1),
             Fate::FailAll(n, all) => witness.fail_after(n, all),
         }
-        let committed = match { plan } {
+        let committed = match std::convert::identity(plan) {
             Plan::Running(plan) => {
                 let stays = pages_before.iter().filter(|(page, _)| after.contains_key(page));
                 witness.watch(stays.map(|(page, (host, ..))| (*page, *host)).collect());
@@ -409,13 +409,17 @@ fn apply(
             let expected = (len == 0).then_some("empty").or(fits.err()).or(outside);
             let place = place.map(|Place { cell, priority }| (cell, priority));
             let region = Region { kind, len, readonly, log_dirty, place };
-            let said = map.add(new).map(|id| drop(model.regions.insert(id, region)));
+            let said = map.add(new).map(|id| {
+                model.regions.insert(id, region);
+            });
             judged(said, expected)
         }
         Op::Remove(i) => {
             let Some(id) = pick(i) else { return Ok(()) };
             let used = model.aliases(id).next().map(|_| "in use");
-            let said = map.remove(id).map(|()| drop(model.regions.remove(&id)));
+            let said = map.remove(id).map(|()| {
+                model.regions.remove(&id);
+            });
             judged(said, used)
         }
         Op::Place(i, Place { cell, priority }) => {
