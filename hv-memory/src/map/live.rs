@@ -89,7 +89,7 @@ impl From<&Record> for SlotRules {
 pub struct LiveMap<M: MemoryBackend> {
     // The manager goes before the owners of slots, which then leave them to the VM.
     manager: SlotManager<M>,
-    live: BTreeMap<u64, Box<Live<M>>>,
+    live: BTreeMap<u64, Live<M>>,
     map: AddressMap,
     rules: SlotRules,
     /// Where slots may differ from the map, because a commit failed halfway.
@@ -141,7 +141,7 @@ impl<M: MemoryBackend> LiveMap<M> {
             let start = slot.guest.0;
             let range = start..start.saturating_add(slot.host.len() as u64);
             let live = Live { name, range, host: slot.host, flags: slot.flags, slot: owner };
-            (start, Box::new(live))
+            (start, live)
         });
         let live = live.collect();
         let (unsettled, deleted) = (Vec::new(), BTreeMap::new());
@@ -352,7 +352,7 @@ impl<M: MemoryBackend> LiveMap<M> {
         self.deleted.remove(&slot.id());
         let NewSlot { name, guest, host, flags } = new;
         let range = guest.0..guest.0.saturating_add(host.len() as u64);
-        self.live.insert(guest.0, Box::new(Live { name, range, host, flags, slot }));
+        self.live.insert(guest.0, Live { name, range, host, flags, slot });
     }
 
     /// Deletes the slot at an address. None if there is none, because it could not be made.
