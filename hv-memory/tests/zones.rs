@@ -459,7 +459,7 @@ fn many_threads_drain_in_order() {
     let steps = |id: u32| {
         let write = move |n: u32| {
             // Now and then something else, as a run must end for its writes to be handed out.
-            let port = (n % 7 == 0).then(|| GuestStep::write(IoAddress::Pio(0x80), [0]));
+            let port = n.is_multiple_of(7).then(|| GuestStep::write(IoAddress::Pio(0x80), [0]));
             [GuestStep::write(ZONE, (id << 16 | n).to_le_bytes())].into_iter().chain(port)
         };
         (0..WRITES).flat_map(write).collect()
