@@ -120,6 +120,12 @@ impl State {
         }
     }
 
+    /// What an eventfd is bound to, unless its owner is gone.
+    pub(crate) fn owned_irqfd(&self, fd: RawFd) -> Option<Gsi> {
+        let irqfd = self.irqfds.get(fd)?;
+        (!self.is_abandoned(irqfd)).then_some(irqfd.gsi)
+    }
+
     /// Whether the owner of an irqfd is gone.
     pub(crate) fn is_abandoned(&self, irqfd: &Irqfd) -> bool {
         self.abandoned_irqfds.contains(&irqfd.event.as_raw_fd())

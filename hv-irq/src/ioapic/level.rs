@@ -109,8 +109,11 @@ impl<V: IrqBackend> Ioapic<V> {
     ) -> Result<LevelPin<V>, RouterError> {
         let (chip, index, gsi) = (&self.chip, usize::from(pin), Gsi(pin.into()));
         let mut registers = chip.registers();
-        if let Some(gsi) = registers.triggers.pin_of(&trigger) {
-            return Err(RouterError::EventInUse { fd: trigger.as_raw_fd(), gsi });
+        let fd = trigger.as_raw_fd();
+        // Bound elsewhere it could not be bound when the guest unmasks the pin.
+        let bound = || chip.router.shared.state().owned_irqfd(fd);
+        if let Some(gsi) = registers.triggers.pin_of(&trigger).or_else(bound) {
+            return Err(RouterError::EventInUse { fd, gsi });
         }
         let Some(entry) = registers.entries.get(index) else {
             let (chip, pin) = (IrqchipId::IOAPIC, pin.into());

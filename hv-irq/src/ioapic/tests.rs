@@ -297,6 +297,24 @@ fn an_eventfd_drives_one_pin_that_exists() {
 }
 
 #[test]
+fn an_eventfd_that_raises_a_message_drives_no_pin() {
+    let (ioapic, log) = ioapic(MsiStatus::Delivered);
+    let (router, trigger) = (ioapic.chip.router.clone(), event());
+    let route = router
+        .batch(|batch| {
+            let route = batch.add_msi(Msi { address: 0xfee0_0000, data: 0x51, device: None })?;
+            batch.bind(&route, trigger.clone())?;
+            Ok(route)
+        })
+        .unwrap();
+    taken(&log);
+    let fd = trigger.as_raw_fd();
+    let error = ioapic.bind_level(10, trigger, event()).unwrap_err();
+    assert_eq!(error, RouterError::EventInUse { fd, gsi: route.gsi() });
+    assert_eq!(taken(&log), []);
+}
+
+#[test]
 fn pins_and_i_o_apic_may_go_in_any_order() {
     let (ioapic, log) = ioapic(MsiStatus::Delivered);
     let pin = ioapic.bind_level(10, event(), event()).unwrap();
