@@ -59,6 +59,23 @@ fn get<P: Platform>() -> Vec<Case<P>> {
             ends_with_logging,
         ),
         Case::new(
+            "dirty-log-goes-with-its-slot",
+            "A slot that is made again with the number and the memory of one that was deleted has an \
+             empty log.",
+            |p: &P| {
+                let vm = p.vm()?;
+                let mut guest = p.guest_on(&vm, 0)?;
+                let logging = logging(0, &pages(4)?);
+                vm.set_memory_slot(&logging)?;
+                write_pages::<P>(&mut guest, &[1])?;
+                vm.delete_memory_slot(SlotId(0))?;
+                vm.set_memory_slot(&logging)?;
+                same("the log", log::<P>(&vm, 0)?, 0)?;
+                write_pages::<P>(&mut guest, &[2])?;
+                same("the log of a page written since", log::<P>(&vm, 0)?, 1 << 2)
+            },
+        ),
+        Case::new(
             "dirty-log-of-a-slot-set-again",
             "Setting a slot to what it is already leaves its bits.",
             |p: &P| {
@@ -139,6 +156,41 @@ fn clear<P: Platform>() -> Vec<Case<P>> {
                 "With manual protection reading the log does not clear it; clearing does, the named \
                  pages only.",
                 manual_get_keeps,
+            ),
+            Case::new(
+                "dirty-clear-takes-what-came-since",
+                "Clearing a page that was written again since the log was read clears it; what is \
+                 written after that is in the log.",
+                |p: &P| {
+                    let (vm, _memory) = manual(p, 64, ENABLE)?;
+                    let mut guest = p.guest_on(&vm, 0)?;
+                    write_pages::<P>(&mut guest, &[3, 4])?;
+                    same("the log", log::<P>(&vm, 0)?, 1 << 3 | 1 << 4)?;
+                    write_pages::<P>(&mut guest, &[3])?;
+                    vm.clear_dirty_log(SlotId(0), 0, 64, &[1 << 3])?;
+                    same("the log without page 3", log::<P>(&vm, 0)?, 1 << 4)?;
+                    write_pages::<P>(&mut guest, &[3])?;
+                    same("the log of a page written again", log::<P>(&vm, 0)?, 1 << 3 | 1 << 4)
+                },
+            ),
+            Case::new(
+                "dirty-manual-while-logging",
+                "Manual protection may be enabled while a slot logs: its bits stay, and reading \
+                 clears them no more.",
+                |p: &P| {
+                    let vm = p.vm()?;
+                    p.needs(&vm, Capability::ManualDirtyLogProtect2)?;
+                    let mut guest = p.guest_on(&vm, 0)?;
+                    let memory = pages(64)?;
+                    vm.set_memory_slot(&logging(0, &memory))?;
+                    write_pages::<P>(&mut guest, &[3])?;
+                    vm.enable_cap(Capability::ManualDirtyLogProtect2, [ENABLE, 0, 0, 0])?;
+                    write_pages::<P>(&mut guest, &[4])?;
+                    for _ in 0..2 {
+                        same("the log", log::<P>(&vm, 0)?, 1 << 3 | 1 << 4)?;
+                    }
+                    Ok(())
+                },
             ),
             Case::new(
                 "dirty-manual-switched-off",
