@@ -29,7 +29,7 @@ pub enum DirtyTracking {
     /// Each vCPU tells in a ring which pages it writes (`KVM_CAP_DIRTY_LOG_RING`): the cost is that of
     /// what is written, whatever the size of the memory. Before the first vCPU only. Each vCPU's ring
     /// is to be given to the manager before the vCPU runs ([`crate::SlotManager::add_dirty_ring`]), and
-    /// to be emptied when it is full ([`crate::SlotManager::empty_dirty_rings`]).
+    /// to be emptied when it is full ([`crate::SlotManager::empty_dirty_ring`]).
     Ring {
         /// Bytes of each ring, 16 for an entry: a power of two, at least a page, at most what
         /// the capability says.
@@ -37,7 +37,7 @@ pub enum DirtyTracking {
     },
 }
 
-/// Why dirty pages can't be told. None of those that were written is forgotten.
+/// Why dirty pages can't be told. None of those that were written is forgotten, unless it says so.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum DirtyError {
     /// KVM refused to read or to clear a log.
@@ -83,6 +83,23 @@ pub enum DirtyError {
         vcpu: u32,
         /// Why.
         error: Error,
+    },
+    /// A vCPU has a ring that the manager was not given: pages it wrote are not among those that were
+    /// told.
+    #[error("the dirty ring of vCPU {vcpu} is full, and was never given to the slot manager")]
+    RingNotAdded {
+        /// The vCPU.
+        vcpu: u32,
+    },
+    /// A vCPU stops for a full ring in which there is nothing to take: KVM has reported more than it
+    /// had room for, and some pages that the vCPU wrote are not told. Copy all memory, and use larger
+    /// rings.
+    #[error(
+        "the dirty ring of vCPU {vcpu} overflowed, and some pages it wrote are lost: use larger rings"
+    )]
+    Overflow {
+        /// The vCPU.
+        vcpu: u32,
     },
     /// KVM refused to enable it; dirty pages are told as before.
     #[error("{wanted:?} can't be enabled: {error}{}", remedy(.wanted, .error.errno))]

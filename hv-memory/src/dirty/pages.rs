@@ -68,7 +68,8 @@ impl DirtyPages {
         let parts = parts.get(begin..).unwrap_or_default().iter();
         let mut parts = Runs::new(PartWords { first, parts, words: &[], start: 0 });
         let mut apart = Runs::new(self.apart.words_from(first));
-        let (part, separate) = (parts.next(), apart.next());
+        let part = parts.next().unwrap_or(NONE);
+        let separate = apart.next().unwrap_or(NONE);
         DirtyRanges { parts, apart, part, separate, first, end, page: page_size() }
     }
 
@@ -150,8 +151,8 @@ pub struct DirtyRanges<'a> {
     parts: Runs<PartWords<'a>>,
     apart: Runs<SparseWords<'a>>,
     /// The next run of each.
-    part: Option<(u64, u64)>,
-    separate: Option<(u64, u64)>,
+    part: (u64, u64),
+    separate: (u64, u64),
     /// Pages from here on, to before `end`.
     first: u64,
     end: u64,
@@ -159,17 +160,22 @@ pub struct DirtyRanges<'a> {
     page: u64,
 }
 
+/// No run: it begins after all others.
+const NONE: (u64, u64) = (u64::MAX, u64::MAX);
+
 impl DirtyRanges<'_> {
-    /// The lower of the next runs, if it begins before `limit` or with it.
+    /// The next run if it begins before `limit`.
     #[inline]
     fn run(&mut self, limit: u64) -> Option<(u64, u64)> {
-        let separate = match (self.part, self.separate) {
-            (Some(part), Some(separate)) => separate < part,
-            (part, _) => part.is_none(),
-        };
-        let next = if separate { &mut self.separate } else { &mut self.part };
-        let run = next.filter(|(first, _)| *first <= limit)?;
-        *next = if separate { self.apart.next() } else { self.parts.next() };
+        let run = if self.part.0 <= self.separate.0 { self.part } else { self.separate };
+        if run.0 >= limit {
+            return None;
+        }
+        if self.part.0 <= self.separate.0 {
+            self.part = self.parts.next().unwrap_or(NONE);
+        } else {
+            self.separate = self.apart.next().unwrap_or(NONE);
+        }
         Some(run)
     }
 
@@ -177,12 +183,11 @@ impl DirtyRanges<'_> {
     #[inline]
     pub(super) fn next_pages(&mut self) -> Option<(u64, u64)> {
         loop {
-            let (mut first, mut end) = self.run(self.end.saturating_sub(1))?;
-            while let Some((_, further)) = self.run(end) {
+            let (first, mut end) = self.run(self.end)?;
+            while let Some((_, further)) = self.run(end.saturating_add(1)) {
                 end = end.max(further);
             }
-            first = first.max(self.first);
-            end = end.min(self.end);
+            let (first, end) = (first.max(self.first), end.min(self.end));
             if first < end {
                 return Some((first, end));
             }

@@ -23,12 +23,15 @@ pub(super) struct Rings {
 struct Ring {
     ring: Arc<dyn DirtyRing>,
     next: usize,
+    /// Pages that were taken from it, and how many these were when its vCPU last stopped.
+    taken: u64,
+    at_stop: u64,
 }
 
 impl Rings {
     /// A vCPU's ring. That it was there already makes no difference: it has one place to be read from.
     pub(super) fn add(&mut self, vcpu: u32, ring: Arc<dyn DirtyRing>) {
-        self.rings.entry(vcpu).or_insert(Ring { ring, next: 0 });
+        self.rings.entry(vcpu).or_insert(Ring { ring, next: 0, taken: 0, at_stop: 0 });
     }
 
     pub(super) fn has(&self, vcpu: u32) -> bool {
@@ -37,7 +40,7 @@ impl Rings {
 
     /// Takes all pages the vCPUs have told of.
     pub(super) fn collect(&mut self, mut take: impl FnMut(DirtyPage)) {
-        for Ring { ring, next } in self.rings.values_mut() {
+        for Ring { ring, next, taken, .. } in self.rings.values_mut() {
             let entries = ring.entries();
             // KVM does not go round before the entries are reset.
             for _ in 0..entries.len() {
@@ -46,9 +49,19 @@ impl Rings {
                 take(page);
                 entry.collect();
                 self.collected += 1;
+                *taken += 1;
                 *next = if *next + 1 == entries.len() { 0 } else { *next + 1 };
             }
         }
+    }
+
+    /// A vCPU stopped because its ring is full, and all rings were collected since. Whether that made
+    /// room: whoever took what was in it, something has to have been.
+    pub(super) fn made_room(&mut self, vcpu: u32) -> bool {
+        self.rings.get_mut(&vcpu).is_some_and(|ring| {
+            let before = std::mem::replace(&mut ring.at_stop, ring.taken);
+            ring.taken != before
+        })
     }
 
     /// Lets KVM watch the pages again that were collected. What is in them is to be read after this.
@@ -119,6 +132,21 @@ mod tests {
         rings.add(1, full);
         assert_eq!(collected(&mut rings), [0, 1, 2, 3]);
         assert_eq!(collected(&mut rings), [0; 0]);
+    }
+
+    #[test]
+    fn a_ring_that_is_full_of_nothing_is_found_out() {
+        let (full, mut rings) = (ring(4), Rings::default());
+        rings.add(0, full.clone());
+        assert!(full.0[0].publish(page(0)) && !rings.made_room(1));
+        collected(&mut rings);
+        assert!(rings.made_room(0));
+        collected(&mut rings);
+        assert!(!rings.made_room(0), "nothing came since");
+        assert!(full.0[1].publish(page(1)));
+        collected(&mut rings);
+        collected(&mut rings);
+        assert!(rings.made_room(0), "whoever took it");
     }
 
     #[test]

@@ -60,14 +60,28 @@ impl Tracker {
         Ok(())
     }
 
-    pub(crate) fn empty_rings<M: MemoryBackend>(
+    fn empty_rings<M: MemoryBackend>(
         &mut self,
         vm: &M,
         slots: &impl Slots,
     ) -> Result<(), DirtyError> {
-        self.with_rings()?;
         self.collect(slots);
         self.rings.reset(vm).map_err(DirtyError::Rings)
+    }
+
+    /// A vCPU stopped because its ring is full.
+    pub(crate) fn ring_full<M: MemoryBackend>(
+        &mut self,
+        vm: &M,
+        slots: &impl Slots,
+        vcpu: u32,
+    ) -> Result<(), DirtyError> {
+        self.with_rings()?;
+        if !self.rings.has(vcpu) {
+            return Err(DirtyError::RingNotAdded { vcpu });
+        }
+        self.empty_rings(vm, slots)?;
+        if self.rings.made_room(vcpu) { Ok(()) } else { Err(DirtyError::Overflow { vcpu }) }
     }
 
     fn with_rings(&self) -> Result<(), DirtyError> {

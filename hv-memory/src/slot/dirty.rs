@@ -57,16 +57,17 @@ impl<M: MemoryBackend> SlotManager<M> {
         dirty.clear(&*self.shared.vm, table, pages, range)
     }
 
-    /// Takes what the vCPUs' dirty rings have, to be told by the next harvest, and lets the vCPUs
-    /// go on. The answer to [`hv_core::VcpuExit::DirtyRingFull`], from any thread.
+    /// Takes what the dirty rings have, to be told by the next harvest, and so lets this vCPU go on: the
+    /// answer to [`hv_core::VcpuExit::DirtyRingFull`].
     ///
     /// # Errors
-    /// Dirty pages are not tracked by rings, or KVM refuses to reset them; all pages are still
-    /// dirty.
-    pub fn empty_dirty_rings(&self) -> Result<(), DirtyError> {
+    /// Dirty pages are not tracked by rings, the vCPU's ring was not [added](Self::add_dirty_ring), or KVM
+    /// refuses to reset rings; all pages are still dirty. [`DirtyError::Overflow`] says that some are
+    /// lost.
+    pub fn empty_dirty_ring(&self, vcpu: u32) -> Result<(), DirtyError> {
         let mut state = self.shared.state();
         let State { table, dirty, .. } = &mut *state;
-        dirty.empty_rings(&*self.shared.vm, table)
+        dirty.ring_full(&*self.shared.vm, table, vcpu)
     }
 }
 

@@ -284,7 +284,8 @@ impl<M: MemoryBackend> Slot<M> {
         state.table.get(self.id).map(SlotInfo::from)
     }
 
-    /// Moves the memory to another guest-physical address.
+    /// Moves the memory to another guest-physical address. What was written before stays dirty where it
+    /// was written; what a running guest writes in that moment is dirty at the one address or the other.
     ///
     /// # Errors
     /// Those of [`SlotManager::add`]; the memory stays where it was.
@@ -292,19 +293,20 @@ impl<M: MemoryBackend> Slot<M> {
         self.change(|slot| slot.guest = guest)
     }
 
-    /// Starts or ends recording which pages are written (`KVM_MEM_LOG_DIRTY_PAGES`).
+    /// Starts or ends recording which pages are written (`KVM_MEM_LOG_DIRTY_PAGES`). What was written
+    /// before the end stays dirty.
     ///
     /// # Errors
-    /// KVM refuses.
+    /// KVM refuses, also to say what was written so far; nothing has changed.
     pub fn set_log_dirty(&self, log_dirty: bool) -> Result<(), SlotError> {
         self.change(|slot| slot.flags.log_dirty = log_dirty)
     }
 
     /// Takes the memory away from the guest for a while; the slot keeps its number, and other slots
-    /// may use its addresses. Without effect if it is away already.
+    /// may use its addresses. Without effect if it is away already. What was written stays dirty.
     ///
     /// # Errors
-    /// KVM refuses.
+    /// KVM refuses, also to say what was written; nothing has changed.
     pub fn unmap(&self, _paused: &impl VcpusPaused) -> Result<(), SlotError> {
         let shared = self.shared()?;
         let mut state = shared.state();
@@ -329,10 +331,15 @@ impl<M: MemoryBackend> Slot<M> {
         Ok(())
     }
 
-    /// Takes the memory away from the guest for good, as dropping does, and says if that failed.
+    /// Takes the memory away from the guest for good, as dropping does, and says if that failed. What
+    /// was written stays dirty.
+    ///
+    /// A guest that runs and writes to the memory in that moment may be too late for the log to be read
+    /// and too early for the memory to be gone. With [`crate::DirtyTracking::Ring`] that is told as well.
     ///
     /// # Errors
-    /// KVM refuses; the manager tries again when a slot is added.
+    /// KVM refuses, also to say what was written ([`SlotError::DirtyLog`]). The guest has the memory
+    /// until then, and the manager tries again when a slot is added.
     pub fn remove(mut self) -> Result<(), SlotError> {
         let shared = self.shared()?;
         self.shared = Weak::new(); // what is left to drop

@@ -11,6 +11,7 @@
 //! `PROPTEST_CASES=1000000 cargo test -p hv-memory --release --test dirty` runs a million.
 
 mod kvm;
+mod meanwhile;
 mod model;
 mod plan;
 mod world;
@@ -47,7 +48,7 @@ fn run(how: DirtyTracking, plan: &Plan) -> Result<(), TestCaseError> {
 // What is told is what was written, each page once, and nothing is lost with its slot or with a call
 // that fails. Clearing touches no page that was not asked for.
 proptest! {
-    #![proptest_config(cases(1100))]
+    #![proptest_config(cases(4096))]
 
     #[test]
     fn what_logs_tell_is_what_was_written(plan in plans()) {

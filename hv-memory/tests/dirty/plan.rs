@@ -96,5 +96,5 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
         Just(Ioctl::SetUserMemoryRegion),
     ];
     let fault = prop_oneof![(0..4_u64).prop_map(Fault::Nth), ioctl.prop_map(Fault::Of)];
-    prop::collection::vec((op, prop::option::weighted(0.2, fault)), 1..40)
+    prop::collection::vec((op, prop::option::weighted(0.2, fault)), 1..30)
 }

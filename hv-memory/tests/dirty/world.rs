@@ -223,7 +223,7 @@ impl World {
                 VcpuExit::Hlt => break,
                 VcpuExit::Mmio(_) => {} // a ROM
                 VcpuExit::DirtyRingFull => {
-                    self.manager.empty_dirty_rings().map_err(|error| error.to_string())?;
+                    self.manager.empty_dirty_ring(vcpu).map_err(|error| error.to_string())?;
                 }
                 exit => return Err(format!("{exit:?}")),
             }
