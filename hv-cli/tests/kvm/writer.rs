@@ -87,20 +87,20 @@ impl Writer {
             rflags: 2,
             ..Default::default()
         };
-        if count > 0 {
-            self.vcpu.set_regs(&regs).unwrap();
-        }
         let mut missed = 0;
-        while count > 0 {
+        if count == 0 {
+            return missed;
+        }
+        self.vcpu.set_regs(&regs).unwrap();
+        loop {
             match self.vcpu.run().unwrap() {
-                VcpuExit::Hlt => break,
+                VcpuExit::Hlt => return missed,
                 VcpuExit::Mmio(mmio) if mmio.written.is_some() => missed += 1,
                 VcpuExit::DirtyRingFull => full(),
                 VcpuExit::Interrupted => {}
                 exit => panic!("{exit:x?}"),
             }
         }
-        missed
     }
 }
 
