@@ -98,7 +98,7 @@ fn address() -> impl Strategy<Value = IoAddress> {
 fn ops() -> impl Strategy<Value = Vec<Op>> {
     let size = prop_oneof![
         8 => 1..0x18_u32,
-        1 => prop::sample::select(vec![0, 1 << 31, u32::MAX, 0x1_0000]),
+        1 => prop::sample::select(vec![0, 1 << 31, u32::MAX, 0x100]),
     ];
     let op = prop_oneof![
         5 => (address(), size).prop_map(|(address, size)| Op::Register(zone(address, size))),
@@ -114,7 +114,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
 fn bytes(zone: CoalescedZone) -> Option<Vec<IoAddress>> {
     let CoalescedZone { address, size } = zone;
     // Too many to list, and more than KVM counts.
-    if size > 0x1_0000 {
+    if size >= 1 << 31 {
         return None;
     }
     (0..size)
