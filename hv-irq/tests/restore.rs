@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use common::{Machine, msi};
 use hv_core::fake::{FakeHost, FakeKvm, FakeVm};
-use hv_core::{EventFd, Gsi, Hypervisor, IrqchipId, Msi, Route, RouteTarget};
+use hv_core::{Capability, EventFd, Gsi, Hypervisor, IrqchipId, Msi, Route, RouteTarget};
 use hv_irq::{
     GsiError, GsiRoute, Ioapic, IoapicState, IrqRouter, LegacyPins, LevelPin, MsiVectors,
     MsiVectorsState, RestoreError, RouteError, RouterError, RouterState,
@@ -267,12 +267,10 @@ fn a_router_that_can_not_be_moved_stays() {
     let without_irqchip = Arc::new(kvm.create_vm(0).unwrap());
     assert!(matches!(router.rebuild(without_irqchip), Err(RouterError::Kvm(_))));
     // KVM takes the table and refuses the resample irqfd, after it took others.
-    let bound_elsewhere = Machine::new(&kvm, LegacyPins::Kernel);
-    let in_the_way = bound_elsewhere.router();
-    let pin = in_the_way.bind_pin(Gsi(4), device.event.clone()).unwrap();
-    assert!(matches!(router.rebuild(bound_elsewhere.vm.clone()), Err(RouterError::Kvm(_))));
-    assert_eq!(bound_elsewhere.view.irqfds().len(), 1, "all the others were taken back");
-    drop(pin);
+    let host = FakeHost::default().with(Capability::IrqfdResample, 0);
+    let without_resample = Machine::new(&FakeKvm::new(host), LegacyPins::Kernel);
+    assert!(matches!(router.rebuild(without_resample.vm.clone()), Err(RouterError::Kvm(_))));
+    assert_eq!(without_resample.view.irqfds(), [], "the others were taken back");
     assert_eq!(old.view.irqfds(), irqfds);
     device.vectors.event(0).unwrap().signal();
     assert_eq!(old.taken(0), [0x40]);

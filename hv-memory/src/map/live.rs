@@ -68,7 +68,7 @@ impl From<&Record> for SlotRules {
 ///
 /// fn plug<M: MemoryBackend>(
 ///     memory: &mut LiveMap<M>,
-///     pause: impl FnOnce() -> Paused,
+///     pause: impl Fn() -> Paused,
 /// ) -> Result<(), Box<dyn std::error::Error>> {
 ///     let mapping = Arc::new(Mapping::anonymous(1 << 30)?);
 ///     let host = HostRange::new(mapping, 0, 1 << 30).ok_or("no such range")?;
