@@ -224,8 +224,10 @@ impl Tracker {
         pages: &DirtyPages,
         range: GuestRange,
     ) -> Result<(), DirtyError> {
-        let Self { how, kept, words, .. } = self;
+        let Self { how, kept, words, rings, .. } = self;
         let (first, end) = whole_pages_of(range);
+        // What was collected when a slot went is not watched before it is reset.
+        rings.reset(vm).map_err(DirtyError::Rings)?;
         if let DirtyTracking::ManualProtect { .. } = how {
             for (n, (name, slot)) in slots.logging().enumerate() {
                 let Err(error) = clear_in(vm, slot, pages, (first, end), words) else { continue };

@@ -39,11 +39,12 @@ pub(crate) enum Op {
     Flood(usize),
     Harvest,
     Read,
-    /// Of what was read last; some bytes more or less than whole pages.
+    /// Of what was read last; it begins and ends some bytes before or after a page does.
     Clear {
         page: u64,
         pages: u64,
-        more: i64,
+        start: i64,
+        end: i64,
     },
 }
 
@@ -86,8 +87,8 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
         4 => (0..HOST, 0..70_u64).prop_map(|(page, pages)| Op::Vmm { page, pages }),
         3 => Just(Op::Harvest),
         3 => Just(Op::Read),
-        4 => (0..GUEST, 1..200_u64, -9..9_i64)
-            .prop_map(|(page, pages, more)| Op::Clear { page, pages, more }),
+        4 => (1..GUEST, 1..200_u64, -9..9_i64, -9..9_i64)
+            .prop_map(|(page, pages, start, end)| Op::Clear { page, pages, start, end }),
     ];
     let ioctl = prop_oneof![
         Just(Ioctl::GetDirtyLog),

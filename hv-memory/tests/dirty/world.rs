@@ -173,13 +173,16 @@ impl World {
                 }
                 told(result)
             }
-            Op::Clear { page, pages, more } => {
-                let (start, len) = (page * PAGE, (pages * PAGE).saturating_add_signed(more));
-                let range = GuestRange::new(GuestAddress(start), len).unwrap();
+            Op::Clear { page, pages, start, end } => {
+                let (start, end) = (
+                    (page * PAGE).saturating_add_signed(start),
+                    ((page + pages) * PAGE).saturating_add_signed(end),
+                );
+                let range = GuestRange::new(GuestAddress(start), end - start).unwrap();
                 self.witness.with(|seen| seen.cleared.clear());
                 let result = self.manager.clear_dirty(&self.read, range);
                 let cleared = self.witness.with(|seen| std::mem::take(&mut seen.cleared));
-                let asked = self.model.asked(page, (start + len) / PAGE);
+                let asked = self.model.asked(start.div_ceil(PAGE), end / PAGE);
                 if !cleared.is_subset(&asked) {
                     return Err(format!("cleared {cleared:?}, asked for {asked:?}"));
                 }
