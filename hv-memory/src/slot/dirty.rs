@@ -50,7 +50,8 @@ impl<M: MemoryBackend> SlotManager<M> {
     /// read is cleared like others, and only what is written later is told again.
     ///
     /// # Errors
-    /// KVM refuses to clear a log. All pages are still dirty.
+    /// KVM refuses to clear a log, or to reset rings. All pages are still dirty, and so are those of `pages`
+    /// that were harvested meanwhile.
     pub fn clear_dirty(&self, pages: &DirtyPages, range: GuestRange) -> Result<(), DirtyError> {
         let mut state = self.shared.state();
         let State { table, dirty, .. } = &mut *state;

@@ -59,6 +59,12 @@ impl Model {
         self.read.iter().copied().filter(|page| (first..end).contains(page)).collect()
     }
 
+    /// Clearing them failed: they may be told once more, though they were harvested since they were
+    /// read.
+    pub(crate) fn not_cleared(&mut self, asked: &Pages) {
+        self.may.extend(asked);
+    }
+
     pub(crate) fn clear(&mut self, asked: &Pages) {
         self.must.retain(|page| !asked.contains(page));
         self.may.retain(|page| !asked.contains(page) || self.since.contains(page));

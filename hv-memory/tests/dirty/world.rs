@@ -186,8 +186,9 @@ impl World {
                 if !cleared.is_subset(&asked) {
                     return Err(format!("cleared {cleared:?}, asked for {asked:?}"));
                 }
-                if result.is_ok() {
-                    self.model.clear(&asked);
+                match &result {
+                    Ok(()) => self.model.clear(&asked),
+                    Err(_) => self.model.not_cleared(&asked),
                 }
                 told(result)
             }
