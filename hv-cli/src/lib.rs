@@ -23,3 +23,4 @@ pub mod output;
 pub mod probe;
 pub mod run;
 pub mod terminal;
+pub mod virtio;
