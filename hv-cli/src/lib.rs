@@ -20,6 +20,7 @@ pub mod loader;
 pub mod machine;
 pub mod observe;
 pub mod output;
+pub mod pci;
 pub mod probe;
 pub mod run;
 pub mod terminal;
