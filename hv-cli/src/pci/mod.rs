@@ -23,6 +23,7 @@ mod ports;
 
 pub use bridge::HostBridge;
 pub use bus::{BarMapping, PciBus, PciError, PciFunction, Windows};
+pub(crate) use config::INTERRUPT_DISABLE;
 pub use config::{Bar, BarKind, CapabilityError, ConfigSpace, Identity, MEMORY_SPACE};
 pub use msix::{MSIX_ENTRY, Msix};
 pub use ports::{ConfigPorts, Ecam, Window};

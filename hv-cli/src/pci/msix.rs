@@ -32,6 +32,7 @@ pub struct Msix<V: IrqBackend> {
     events: Vec<EventFd>,
     /// Offset of the capability.
     capability: u16,
+    pending: u32,
     enabled: bool,
     masked: bool,
     active: bool,
@@ -60,6 +61,7 @@ impl<V: IrqBackend> Msix<V> {
             vectors: MsiVectors::new(router, events.clone()),
             events,
             capability,
+            pending,
             enabled: false,
             masked: false,
             active: false,
@@ -85,6 +87,12 @@ impl<V: IrqBackend> Msix<V> {
     #[must_use]
     pub fn events(&self) -> &[EventFd] {
         &self.events
+    }
+
+    /// Offset of the pending bits.
+    #[must_use]
+    pub fn pending_offset(&self) -> u32 {
+        self.pending
     }
 
     /// Whether the guest has MSI-X enabled.

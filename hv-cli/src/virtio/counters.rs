@@ -1,9 +1,12 @@
 //! What is counted of a device. The transport and the queues count; a device counts nothing itself but
 //! requests that failed.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
+
+use super::DeviceError;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident $count:ident,)*) => {
@@ -11,6 +14,7 @@ macro_rules! counters {
         #[derive(Debug, Default)]
         pub struct Counters {
             $($name: AtomicU64,)*
+            failure: OnceLock<DeviceError>,
         }
 
         /// The counters of a device at one moment.
@@ -57,6 +61,20 @@ counters! {
     notification_exits count_notification_exits,
     /// Accesses of the driver that mean nothing and were ignored.
     refused count_refused,
+}
+
+impl Counters {
+    /// The device asks for a reset, for this reason.
+    pub(crate) fn failed(&self, reason: DeviceError) {
+        let _ = self.failure.set(reason);
+        self.count_needs_reset(1);
+    }
+
+    /// Why the device first asked for a reset.
+    #[must_use]
+    pub fn failure(&self) -> Option<DeviceError> {
+        self.failure.get().copied()
+    }
 }
 
 #[cfg(test)]

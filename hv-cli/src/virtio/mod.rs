@@ -25,8 +25,6 @@
 //! At the end of the machine, after its vCPUs, each thread is told to stop and joined. A device must
 //! therefore not block without bound in any of its methods.
 
-#![allow(dead_code, reason = "the transport that uses it follows")]
-
 mod config;
 mod counters;
 mod device;
@@ -35,6 +33,7 @@ mod poller;
 mod queue;
 mod rng;
 mod session;
+mod transport;
 mod worker;
 
 pub use config::DeviceConfig;
@@ -45,6 +44,7 @@ pub use poller::{Interest, Ready};
 pub use queue::{Buffer, Chain, ChainError, QueueError, Virtqueue};
 pub use rng::Rng;
 pub use session::Session;
+pub use transport::{Platform, VirtioError, VirtioPci, registers};
 
 use std::sync::Arc;
 

@@ -23,9 +23,9 @@ pub enum QueueError {
     /// The device has no such queue.
     #[error("there is no queue {0}")]
     NoSuchQueue(usize),
-    /// The driver enabled a queue whose rings are not in guest memory.
-    #[error("queue {0}: the rings are not in guest memory")]
-    RingsOutside(u16),
+    /// The driver enabled a queue whose rings are not in guest memory, or not aligned.
+    #[error("queue {0}: the rings are not aligned or not in guest memory")]
+    Rings(u16),
     /// The driver made more requests available than the queue has room for.
     #[error("queue {0}: more requests are available than the queue has descriptors")]
     Available(u16),
@@ -224,6 +224,43 @@ impl Chain {
     }
 }
 
+/// A queue as the driver has set it up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct QueueSetup {
+    /// The most descriptors it can have.
+    pub(crate) most: u16,
+    /// How many the driver wants.
+    pub(crate) size: u16,
+    pub(crate) enabled: bool,
+    /// Addresses of the descriptor table, the available and the used ring.
+    pub(crate) descriptors: u64,
+    pub(crate) available: u64,
+    pub(crate) used: u64,
+}
+
+impl QueueSetup {
+    /// One that the driver has not touched.
+    pub(crate) fn new(most: u16) -> Self {
+        Self { most, size: most, enabled: false, descriptors: 0, available: 0, used: 0 }
+    }
+
+    /// The ring, if it can be.
+    fn ring(&self, event_idx: bool, memory: &Memory) -> Result<Queue, virtio_queue::Error> {
+        let mut ring = Queue::new(self.most)?;
+        ring.try_set_size(self.size)?;
+        ring.try_set_desc_table_address(GuestAddress(self.descriptors))?;
+        ring.try_set_avail_ring_address(GuestAddress(self.available))?;
+        ring.try_set_used_ring_address(GuestAddress(self.used))?;
+        ring.set_event_idx(event_idx);
+        ring.set_ready(self.enabled);
+        // virtio-queue takes an available ring at 0 for none.
+        if self.enabled && (self.available == 0 || !ring.is_valid(&**memory)) {
+            return Err(virtio_queue::Error::FindMemoryRegion);
+        }
+        Ok(ring)
+    }
+}
+
 /// A queue of a device while its driver uses it.
 #[derive(Debug)]
 pub struct Virtqueue {
@@ -251,14 +288,13 @@ impl Virtqueue {
     /// The rings of an enabled queue are not in guest memory.
     pub(crate) fn new(
         index: u16,
-        ring: Queue,
+        setup: &QueueSetup,
+        event_idx: bool,
         memory: Memory,
         interrupts: Arc<DeviceInterrupts>,
         counters: Arc<Counters>,
     ) -> Result<Self, QueueError> {
-        if ring.ready() && !ring.is_valid(&*memory) {
-            return Err(QueueError::RingsOutside(index));
-        }
+        let ring = setup.ring(event_idx, &memory).map_err(|_| QueueError::Rings(index))?;
         Ok(Self {
             index,
             budget: ring.size(),

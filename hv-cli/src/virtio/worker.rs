@@ -6,15 +6,16 @@
 //! the rest of the machine goes on.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
 use hv_core::EventFd;
-use virtio_queue::Queue;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::poller::Poller;
+use super::queue::QueueSetup;
 use super::session::{DEVICE_TOKENS, host};
 use super::{
     Counters, DeviceConfig, DeviceError, DeviceInterrupts, Interest, Memory, Ready, Session,
@@ -46,7 +47,7 @@ enum Command {
     /// The driver is ready: the features it took, and the queues as it set them up.
     Activate {
         features: u64,
-        rings: Vec<Queue>,
+        queues: Vec<QueueSetup>,
     },
     Reset,
 }
@@ -58,8 +59,6 @@ struct Told {
     resets: AtomicU64,
     needs_reset: AtomicBool,
     gone: AtomicBool,
-    /// The first reason to ask for a reset.
-    failure: OnceLock<DeviceError>,
 }
 
 /// The thread of a device. Dropping it stops and joins the thread.
@@ -97,8 +96,8 @@ impl Worker {
     }
 
     /// The driver is ready.
-    pub(crate) fn activate(&self, features: u64, rings: Vec<Queue>) {
-        self.send(Command::Activate { features, rings });
+    pub(crate) fn activate(&self, features: u64, queues: Vec<QueueSetup>) {
+        self.send(Command::Activate { features, queues });
     }
 
     /// The driver resets the device; [`Self::is_idle`] tells when that is done.
@@ -121,11 +120,6 @@ impl Worker {
     /// Whether the device asks for a reset.
     pub(crate) fn needs_reset(&self) -> bool {
         self.told.needs_reset.load(Ordering::Acquire) || self.told.gone.load(Ordering::Acquire)
-    }
-
-    /// Why it first did.
-    pub(crate) fn failure(&self) -> Option<DeviceError> {
-        self.told.failure.get().copied()
     }
 
     /// Stops the thread and waits for it.
@@ -191,8 +185,8 @@ impl Thread {
         let _ending = Ending(self.told.clone());
         loop {
             match self.idle() {
-                Ok(Command::Activate { features, rings }) => {
-                    let end = self.serve(features, rings);
+                Ok(Command::Activate { features, queues }) => {
+                    let end = self.serve(features, &queues);
                     self.parts.device.reset();
                     match end {
                         End::Reset => self.reset_done(),
@@ -240,8 +234,8 @@ impl Thread {
     }
 
     /// A session from its beginning to its end.
-    fn serve(&mut self, features: u64, rings: Vec<Queue>) -> End {
-        let mut session = self.begin(features, rings);
+    fn serve(&mut self, features: u64, queues: &[QueueSetup]) -> End {
+        let mut session = self.begin(features, queues);
         let error = match &mut session {
             Ok(session) => match self.work(session) {
                 Ok(end) => return end,
@@ -249,8 +243,7 @@ impl Thread {
             },
             Err(error) => *error,
         };
-        let _ = self.told.failure.set(error);
-        self.parts.counters.count_needs_reset(1);
+        self.parts.counters.failed(error);
         self.told.needs_reset.store(true, Ordering::Release);
         self.parts.interrupts.config();
         // What the device still has of the session, it keeps until the reset.
@@ -263,13 +256,14 @@ impl Thread {
         }
     }
 
-    fn begin(&self, features: u64, rings: Vec<Queue>) -> Result<Session, DeviceError> {
+    fn begin(&self, features: u64, setups: &[QueueSetup]) -> Result<Session, DeviceError> {
         let Parts { memory, config, interrupts, counters, doorbells, .. } = &self.parts;
-        let mut queues = Vec::with_capacity(rings.len());
-        for (index, ring) in (0..).zip(rings) {
-            let (interrupts, counters) = (interrupts.clone(), counters.clone());
-            queues.push(Virtqueue::new(index, ring, memory.clone(), interrupts, counters)?);
-        }
+        let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let queue = |(index, setup): (u16, &QueueSetup)| {
+            let (memory, interrupts) = (memory.clone(), interrupts.clone());
+            Virtqueue::new(index, setup, event_idx, memory, interrupts, counters.clone())
+        };
+        let queues = (0..).zip(setups).map(queue).collect::<Result<_, _>>()?;
         let shared = (memory.clone(), config.clone(), interrupts.clone(), counters.clone());
         let (memory, config, interrupts, counters) = shared;
         let session = Session::new(features, queues, memory, config, interrupts, counters)
