@@ -10,6 +10,7 @@ use hv_core::DeviceChoice;
 
 use crate::config::{
     DeviceOption, HugePagesOption, IrqchipMode, KernelConfig, MemoryBacking, MemorySize, RunConfig,
+    VirtioConfig,
 };
 use crate::exit_code::ExitCode;
 use crate::loader::Format;
@@ -34,6 +35,7 @@ Examples:
   hv run --kernel bzImage --cmdline 'console=ttyS0 panic=-1'
   hv run --kernel test.flat --format multiboot --device isa-debug-exit --device testdev
   hv run --memory 2G --hugepages thp --prefault
+  hv run --kernel vmlinux --rng --stats-json stats.json
   hv run --trace calls.jsonl              what is asked of KVM, and how long it takes
   hv run --record run.jsonl               the same run again without KVM: for replay in tests
   hv doctor                               why VMs can't run here, and what to do
@@ -112,6 +114,9 @@ struct RunArgs {
     #[arg(long = "device", value_name = "DEVICE")]
     devices: Vec<DeviceOption>,
 
+    #[command(flatten)]
+    virtio: VirtioArgs,
+
     /// Don't complete instructions that KVM can't emulate
     #[arg(long)]
     no_complete: bool,
@@ -130,8 +135,27 @@ struct RunArgs {
     #[arg(long, value_name = "FILE")]
     record: Option<PathBuf>,
 
+    /// Write what was counted into FILE at the end, as JSON: exits, and what each virtio device did
+    #[arg(long, value_name = "FILE")]
+    stats_json: Option<PathBuf>,
+
     #[command(flatten)]
     kvm: KvmArg,
+}
+
+/// virtio devices, on a PCI bus that a machine without any does not have.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "virtio devices")]
+struct VirtioArgs {
+    /// An entropy device: random numbers of the host
+    #[arg(long)]
+    rng: bool,
+}
+
+impl VirtioArgs {
+    fn into_config(self) -> VirtioConfig {
+        VirtioConfig { rng: self.rng }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -172,10 +196,12 @@ impl RunArgs {
             },
             irqchip: self.irqchip,
             devices: self.devices,
+            virtio: self.virtio.into_config(),
             complete: !self.no_complete,
             json: self.json,
             trace: self.trace,
             record: self.record,
+            stats_json: self.stats_json,
             kernel,
         }
     }

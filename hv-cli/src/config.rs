@@ -27,6 +27,8 @@ pub struct RunConfig {
     pub irqchip: IrqchipMode,
     /// Devices beyond those every machine has.
     pub devices: Vec<DeviceOption>,
+    /// virtio devices. With any, the machine has PCI.
+    pub virtio: VirtioConfig,
     /// Complete instructions that KVM can't emulate.
     pub complete: bool,
     /// The results of the built-in guest are JSON, and all there is on the standard output.
@@ -35,6 +37,15 @@ pub struct RunConfig {
     pub trace: Option<PathBuf>,
     /// Where the transcript of the run is written to.
     pub record: Option<PathBuf>,
+    /// Where what was counted is written to at the end.
+    pub stats_json: Option<PathBuf>,
+}
+
+/// The virtio devices of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct VirtioConfig {
+    /// An entropy device.
+    pub rng: bool,
 }
 
 /// A kernel to boot.

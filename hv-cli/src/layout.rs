@@ -25,6 +25,14 @@ pub const HIGH_RAM_START: u64 = 0x10_0000;
 pub const MMIO_HOLE_START: u64 = 0xc000_0000;
 /// End of the device hole (4 GiB); RAM continues here. Boot page tables map everything below.
 pub const MMIO_HOLE_END: u64 = 1 << 32;
+/// Where memory BARs of PCI devices go below 4 GiB: the start of the device hole.
+pub const PCI_WINDOW_START: u64 = MMIO_HOLE_START;
+/// End of that.
+pub const PCI_WINDOW_END: u64 = 0xd000_0000;
+/// Bytes of the window for memory BARs above RAM, to which its start is aligned (16 GiB).
+pub const PCI_HIGH_WINDOW: u64 = 1 << 34;
+/// The configuration space of PCI bus 0 in memory (ECAM), 1 MiB; room for the other buses follows.
+pub const PCI_ECAM: u64 = 0xe000_0000;
 /// Register window of the I/O APIC.
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// Register window of the local APIC.
@@ -41,6 +49,10 @@ pub const PM1A_EVENT_PORT: u16 = 0x600;
 pub const PM1A_CONTROL_PORT: u16 = 0x604;
 /// The SLP_TYP value of S5, soft off.
 pub const SLEEP_TYPE_S5: u8 = 5;
+/// First of the 8 ports of PCI configuration, when there is PCI.
+pub const PCI_CONFIG_PORT: u16 = 0xcf8;
+/// Interrupt line that all PCI devices share as INTA, level triggered. On both interrupt controllers.
+pub const PCI_IRQ: u8 = 11;
 /// I/O port of the ACPI reset register.
 pub const RESET_PORT: u16 = 0xcf9;
 /// Value that resets the VM when written to [`RESET_PORT`].

@@ -23,5 +23,6 @@ pub mod output;
 pub mod pci;
 pub mod probe;
 pub mod run;
+pub mod stats;
 pub mod terminal;
 pub mod virtio;

@@ -1,4 +1,4 @@
-//! The files of `--trace` and `--record`: made before KVM is opened, and told about when the machine
+//! The files of `--trace`, `--record` and `--stats-json`: made before KVM is opened, and told about when the machine
 //! is gone.
 //!
 //! A line is one `write(2)`, made when its call returns: one system call more for each, and in return a
@@ -15,32 +15,37 @@ use hv_core::layer::{Meta, Record, RecordError, Trace};
 
 use crate::config::{KernelConfig, RunConfig};
 use crate::machine::host::HostFacts;
-use crate::output::printable;
+use crate::output::{self, printable};
+use crate::stats::Stats;
 
-/// What is wrong with a file of `--trace` or `--record`.
+/// What is wrong with a file of `--trace`, `--record` or `--stats-json`.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ObserveError {
     /// It can't be opened for writing.
     #[error("{option} '{file}': {errno}; {}", advice(*.errno))]
     Open {
-        /// `--trace` or `--record`.
+        /// The option.
         option: &'static str,
         /// Its name.
         file: String,
         /// Why.
         errno: Errno,
     },
-    /// Both options name the same file.
-    #[error("--trace and --record are both '{file}'; give each a file of its own")]
+    /// Two options name the same file.
+    #[error("{first} and {second} are both '{file}'; give each a file of its own")]
     Same {
+        /// An option.
+        first: &'static str,
+        /// Another one.
+        second: &'static str,
         /// Its name.
         file: String,
     },
     /// It is an image to be read, or the guest's memory.
     #[error("{option} '{file}' would overwrite what {image} names; give it another file")]
     Image {
-        /// `--trace` or `--record`.
+        /// The option.
         option: &'static str,
         /// Its name.
         file: String,
@@ -75,6 +80,14 @@ pub enum ObserveError {
         /// Why.
         errno: Errno,
     },
+    /// The statistics could not be written.
+    #[error("--stats-json '{file}' is not whole: {errno}; {}", advice(*.errno))]
+    Stats {
+        /// Its name.
+        file: String,
+        /// Why.
+        errno: Errno,
+    },
     /// The transcript is not whole for another reason.
     #[error("--record '{file}': {error}")]
     NotWhole {
@@ -102,11 +115,13 @@ fn advice(errno: Errno) -> &'static str {
 
 const TRACE: &str = "--trace";
 const RECORD: &str = "--record";
+const STATS: &str = "--stats-json";
 
 /// What observes a run.
 pub struct Observers {
     trace: Option<(Trace, String)>,
     record: Option<(Record, String)>,
+    stats: Option<(File, String)>,
 }
 
 impl Observers {
@@ -117,19 +132,26 @@ impl Observers {
     pub fn create(config: &RunConfig, host: &HostFacts) -> Result<Self, ObserveError> {
         let trace = config.trace.as_deref().map(|path| Output::open(TRACE, path)).transpose()?;
         let record = config.record.as_deref().map(|path| Output::open(RECORD, path)).transpose()?;
-        if let (Some(trace), Some(record)) = (&trace, &record)
-            && is_same(&trace.metadata, &record.metadata)
-        {
-            return Err(ObserveError::Same { file: record.name.clone() });
+        let stats =
+            config.stats_json.as_deref().map(|path| Output::open(STATS, path)).transpose()?;
+        for (first, second) in [(&trace, &record), (&trace, &stats), (&record, &stats)] {
+            if let (Some(first), Some(second)) = (first, second)
+                && is_same(&first.metadata, &second.metadata)
+            {
+                let (first, file) = (first.option, second.name.clone());
+                return Err(ObserveError::Same { first, second: second.option, file });
+            }
         }
-        for output in trace.iter().chain(&record) {
+        for output in trace.iter().chain(&record).chain(&stats) {
             output.spares(config)?;
         }
         let trace = trace.map(Output::emptied).transpose()?;
         let record = record.map(Output::emptied).transpose()?;
+        let stats = stats.map(Output::emptied).transpose()?;
         Ok(Self {
             trace: trace.map(|(file, name)| (Trace::to_json(file), name)),
             record: record.map(|(file, name)| (Record::with_meta(file, &meta(config, host)), name)),
+            stats,
         })
     }
 
@@ -143,6 +165,17 @@ impl Observers {
     #[must_use]
     pub fn record(&self) -> Option<&Record> {
         self.record.as_ref().map(|(record, _)| record)
+    }
+
+    /// Writes the file of `--stats-json`, if there is one.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn write_stats(&self, stats: &Stats<'_>) -> Result<(), ObserveError> {
+        let Some((file, name)) = &self.stats else { return Ok(()) };
+        let written = output::json(stats, &mut &*file);
+        written
+            .map_err(|error| ObserveError::Stats { file: name.clone(), errno: Errno::from(&error) })
     }
 
     /// Ends the files, and says of each what is in it. To be called when the machine is gone: what

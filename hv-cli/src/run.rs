@@ -17,6 +17,7 @@ use crate::machine::host::HostFacts;
 use crate::machine::{Machine, Outcome};
 use crate::observe::Observers;
 use crate::output;
+use crate::stats::Stats;
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const WARNING: Style = AnsiColor::Yellow.on_default().bold();
@@ -46,19 +47,19 @@ pub fn run(config: &RunConfig) -> u8 {
     };
     // Each is a machine of its own, so that one that nobody observes does not pay for it.
     let code = match (observers.trace(), observers.record()) {
-        (None, None) => run_on(device::open, config, &host, &mut signals),
+        (None, None) => run_on(device::open, config, &host, &mut signals, &observers),
         (Some(trace), None) => {
             let open = |choice: &DeviceChoice| Ok(trace.over(device::open(choice)?));
-            run_on(open, config, &host, &mut signals)
+            run_on(open, config, &host, &mut signals, &observers)
         }
         (None, Some(record)) => {
             let open = |choice: &DeviceChoice| Ok(record.over(device::open(choice)?));
-            run_on(open, config, &host, &mut signals)
+            run_on(open, config, &host, &mut signals, &observers)
         }
         (Some(trace), Some(record)) => {
             // The trace below, so that its durations are those of KVM.
             let open = |choice: &DeviceChoice| Ok(record.over(trace.over(device::open(choice)?)));
-            run_on(open, config, &host, &mut signals)
+            run_on(open, config, &host, &mut signals, &observers)
         }
     };
     observers.finish().fold(code, |code, written| match written {
@@ -76,6 +77,7 @@ fn run_on<H>(
     config: &RunConfig,
     host: &HostFacts,
     signals: &mut Signals,
+    observers: &Observers,
 ) -> u8
 where
     H: Hypervisor,
@@ -100,9 +102,13 @@ where
         Err(error) => return fail(ExitCode::Vmm, &error),
     };
     report(&outcome);
-    match checks {
+    let code = match checks {
         Some(checks) => report_checks(&checks, &outcome, config.json),
         None => outcome.reason.exit_code(),
+    };
+    match observers.write_stats(&Stats::from(&outcome)) {
+        Ok(()) => code,
+        Err(error) => fail(ExitCode::Vmm, &error),
     }
 }
 
@@ -120,13 +126,16 @@ fn report_checks(checks: &Checks, outcome: &Outcome, json: bool) -> u8 {
     }
 }
 
-/// Tells how the run ended: what a crash left, then one line.
+/// Tells how the run ended: what a crash left, what the virtio devices did, then one line.
 fn report(outcome: &Outcome) {
     for crash in &outcome.crashes {
         say(crash);
     }
     if let Some(error) = &outcome.lost_memory {
         say(format_args!("hv: {ERROR}error:{ERROR:#} --memory-file {error}"));
+    }
+    for device in &outcome.devices {
+        say(format_args!("hv: {device}"));
     }
     let style = match outcome.reason {
         StopReason::PowerOff | StopReason::Reset | StopReason::DebugExit { .. } => Style::new(),

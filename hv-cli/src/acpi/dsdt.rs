@@ -6,7 +6,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::sdt::Sdt;
 
-use super::{AcpiConfig, table};
+use super::{AcpiConfig, pci, table};
 use crate::layout;
 
 /// Revision 2: integers have 64 bits.
@@ -15,6 +15,9 @@ const REVISION: u8 = 2;
 pub(super) fn dsdt(config: &AcpiConfig) -> Sdt {
     let mut devices = Vec::new();
     com1(&mut devices);
+    if let Some(windows) = &config.pci {
+        pci::host_bridge(&mut devices, windows);
+    }
     for id in 0..config.cpus {
         processor(&mut devices, id);
     }

@@ -1,4 +1,5 @@
-//! The ACPI tables of the machine: RSDP, XSDT, FADT, FACS, MADT and DSDT (ACPI Specification 6.5).
+//! The ACPI tables of the machine: RSDP, XSDT, FADT, FACS, MADT and DSDT (ACPI Specification 6.5), and
+//! with PCI the MCFG (PCI Firmware Specification 3.3, 4.1.2).
 //!
 //! They describe what the other modules provide and the addresses in [`crate::layout`]; nothing
 //! is decided here. The platform is not hardware-reduced: Linux would then leave out the PIC and
@@ -7,6 +8,7 @@
 mod dsdt;
 mod fadt;
 mod madt;
+mod pci;
 
 use acpi_tables::facs::FACS;
 use acpi_tables::rsdp::Rsdp;
@@ -15,6 +17,7 @@ use acpi_tables::{Aml, sdt::Sdt};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::layout;
+use crate::pci::Windows;
 
 const OEM_ID: [u8; 6] = *b"HV    ";
 const OEM_TABLE_ID: [u8; 8] = *b"HVTABLES";
@@ -27,7 +30,7 @@ const ALIGN: u64 = 64;
 const MAX_CPUS: u32 = 0x1000;
 
 /// What the tables describe besides the devices that are always there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AcpiConfig {
     /// Number of CPUs; their APIC ids count from 0.
     pub cpus: u32,
@@ -35,6 +38,8 @@ pub struct AcpiConfig {
     pub io_apic: bool,
     /// Whether there is a pair of 8259 PICs.
     pub pic: bool,
+    /// Where the BARs of the PCI bus can be, if there is one.
+    pub pci: Option<Windows>,
 }
 
 /// Why there are no tables.
@@ -78,6 +83,9 @@ pub fn build<M: GuestMemoryBackend>(
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if config.pci.is_some() {
+        xsdt.add_entry(area.put(&pci::mcfg())?);
+    }
     let xsdt = area.put(&xsdt)?;
     area.write(rsdp, &bytes(&Rsdp::new(OEM_ID, xsdt)))?;
     Ok(GuestAddress(rsdp))
@@ -166,7 +174,7 @@ mod tests {
     /// FADT, MADT and DSDT, found as an operating system does.
     fn tables(cpus: u32, io_apic: bool, pic: bool) -> [Vec<u8>; 3] {
         let memory = memory(1 << 20);
-        let rsdp_at = build(&memory, &AcpiConfig { cpus, io_apic, pic }).unwrap();
+        let rsdp_at = build(&memory, &AcpiConfig { cpus, io_apic, pic, pci: None }).unwrap();
         assert_eq!((rsdp_at.0 % 16, rsdp_at.0 >= layout::BIOS_START), (0, true));
         let rsdp = read(&memory, rsdp_at.0, 36);
         assert_eq!(rsdp[..8], *b"RSD PTR ");
@@ -263,7 +271,7 @@ mod tests {
     #[test]
     fn as_many_cpus_as_fit_and_an_error_beyond() {
         let memory = memory(1 << 20);
-        let fits = |cpus| build(&memory, &AcpiConfig { cpus, io_apic: true, pic: true });
+        let fits = |cpus| build(&memory, &AcpiConfig { cpus, io_apic: true, pic: true, pci: None });
         assert!(fits(2048).is_ok());
         for cpus in [4096, 4097, u32::MAX] {
             assert_eq!(fits(cpus), Err(AcpiError::TooManyCpus { cpus }));
@@ -271,14 +279,16 @@ mod tests {
         // What does not fit does not reach the kernel behind the area either.
         let mut after = [0; 16];
         let two = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
-        assert!(build(&two, &AcpiConfig { cpus: 4096, io_apic: true, pic: true }).is_err());
+        assert!(
+            build(&two, &AcpiConfig { cpus: 4096, io_apic: true, pic: true, pci: None }).is_err()
+        );
         two.read_slice(&mut after, GuestAddress(layout::HIGH_RAM_START)).unwrap();
         assert_eq!(after, [0; 16]);
     }
 
     #[test]
     fn a_guest_without_the_bios_area_is_an_error() {
-        let config = AcpiConfig { cpus: 1, io_apic: true, pic: true };
+        let config = AcpiConfig { cpus: 1, io_apic: true, pic: true, pci: None };
         assert!(matches!(build(&memory(0x8_0000), &config), Err(AcpiError::Write { .. })));
     }
 }

@@ -14,6 +14,7 @@ use super::Machine;
 use super::built_in::{Parts, PartsError};
 use super::bus::{Bus, BusError, Device};
 use super::cpu::{CpuidConfig, cpuid, set_firmware_state};
+use super::devices::{Devices, DevicesError};
 use super::exits::Outside;
 use super::host::HostFacts;
 use super::interrupts::Interrupts;
@@ -31,6 +32,7 @@ use crate::event::Event;
 use crate::guest::{self, MMIO, MMIO_LEN, PORTS, PORTS_LEN};
 use crate::layout;
 use crate::loader::{self, BootState, Image, LoadError, LoadRequest, MemoryMap};
+use crate::pci::{ConfigPorts, PciBus};
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +61,9 @@ pub enum BuildError {
     /// Interrupts could not be set up.
     #[error("interrupts: {0}")]
     Interrupts(#[from] RouterError),
+    /// The virtio devices can't be had.
+    #[error(transparent)]
+    Devices(#[from] DevicesError),
     /// Two devices are in the same place.
     #[error("--device: {0}")]
     Bus(#[from] BusError),
@@ -83,6 +88,7 @@ impl BuildError {
             | Self::Bus(_)
             | Self::NoRam(_)
             | Self::Acpi(_)
+            | Self::Devices(DevicesError::Pci(_))
             | Self::TooManyForBuiltIn(_) => true,
             Self::Init(error) => error.step == init::Step::VcpuLimits,
             _ => false,
@@ -138,6 +144,7 @@ where
         let vm = Arc::new(vm);
 
         let interrupts = Interrupts::new(vm.clone(), &record)?;
+        let devices = Devices::new(&config.virtio, &vm, &record, ram.memory(), host, &interrupts)?;
         let stopper = Stopper::new(event()?);
         let checks = parts
             .map(|parts| parts.checks(interrupts.router(), &record, config.cpus, &stopper))
@@ -152,15 +159,18 @@ where
         let console = console(&interrupts, &stopper, out, checks.is_none())?;
         let mut outside = Outside::default();
         let kernel_irqchip = matches!(record.irqchip, Irqchip::Kernel { .. });
-        legacy_devices(&mut outside, &ram, &stopper, &console, kernel_irqchip)?;
+        legacy_devices(&mut outside, &ram, &stopper, &console, kernel_irqchip, devices.bus())?;
         interrupts.attach(&mut outside)?;
+        devices.attach(&mut outside)?;
         optional_devices(&mut outside, config, &ram, &stopper, &interrupts)?;
         if let Some(checks) = &checks {
             outside.ports.insert("checks", PORTS.into(), PORTS_LEN, checks.ports())?;
             outside.memory.insert("checks", MMIO, MMIO_LEN, checks.mmio())?;
         }
         let boot = match (&config.kernel, &images) {
-            (Some(kernel), Some(images)) => load(&ram, kernel, images, config, &record)?,
+            (Some(kernel), Some(images)) => {
+                load(&ram, kernel, images, config, &record, devices.bus())?
+            }
             _ => guest::load(ram.memory())?,
         };
         let outside = Arc::new(outside);
@@ -189,16 +199,8 @@ where
                 completer: config.complete.then(Completer::default),
             });
         }
-        Ok(Self {
-            vcpus,
-            console,
-            checks,
-            stopper,
-            interrupts,
-            ram,
-            record,
-            _hypervisor: hypervisor,
-        })
+        let _hypervisor = hypervisor;
+        Ok(Self { vcpus, devices, console, checks, stopper, interrupts, ram, record, _hypervisor })
     }
 }
 
@@ -234,7 +236,7 @@ where
 }
 
 /// Puts a device of its own on `bus`.
-fn put(
+pub(super) fn put(
     bus: &mut Bus,
     name: &'static str,
     start: u64,
@@ -262,6 +264,7 @@ fn legacy_devices(
     stopper: &Stopper,
     console: &Console,
     kernel_irqchip: bool,
+    pci: Option<&Arc<PciBus>>,
 ) -> Result<(), BusError> {
     let map = MemoryMap::new(ram.memory(), &[]);
     let below_4g = map.ram_below(layout::MMIO_HOLE_END);
@@ -276,7 +279,14 @@ fn legacy_devices(
     put(ports, "i8042", 0x60, 5, I8042::new(stopper.clone()))?;
     put(ports, "RTC", 0x70, 2, rtc)?;
     put(ports, "ACPI", layout::PM1A_EVENT_PORT.into(), 6, PowerControl::new(stopper.clone()))?;
-    put(ports, "reset", layout::RESET_PORT.into(), 1, ResetPort::new(stopper.clone()))?;
+    let reset = ResetPort::new(stopper.clone());
+    match pci {
+        Some(bus) => {
+            let config = ConfigPorts::new(bus.clone(), reset);
+            put(ports, "PCI", layout::PCI_CONFIG_PORT.into(), 8, config)?;
+        }
+        None => put(ports, "reset", layout::RESET_PORT.into(), 1, reset)?,
+    }
     if !kernel_irqchip {
         return Ok(());
     }
@@ -340,11 +350,13 @@ fn load(
     images: &Images,
     config: &RunConfig,
     record: &Record,
+    pci: Option<&Arc<PciBus>>,
 ) -> Result<BootState, BuildError> {
     let reserved = record.reserved.identity_map..record.reserved.identity_map + record.reserved.len;
     let map = MemoryMap::new(ram.memory(), &[reserved]);
     let pic = matches!(record.irqchip, Irqchip::Kernel { .. });
-    let acpi = AcpiConfig { cpus: config.cpus, io_apic: true, pic };
+    let pci = pci.map(|bus| bus.windows());
+    let acpi = AcpiConfig { cpus: config.cpus, io_apic: true, pic, pci };
     let rsdp = acpi::build(ram.memory(), &acpi)?;
     let request = LoadRequest {
         format: kernel.format,

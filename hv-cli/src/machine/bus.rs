@@ -4,8 +4,8 @@
 //! lock; each device has its own lock, because two vCPUs may touch it at once. A lookup is a binary
 //! search: no allocation on the exit path.
 //!
-//! Locks: a thread holds at most one device's lock, taken here. A device may take the locks of
-//! hv-irq and hv-memory while it answers, and that of the [`Stopper`](super::stop::Stopper) last; never the
+//! Locks: a thread holds at most one device's lock, taken here. A device may take the lock of a PCI bus,
+//! then those of hv-irq and hv-memory while it answers, and that of the [`Stopper`](super::stop::Stopper) last; never the
 //! other way round. The main thread only tries a device's lock.
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use hv_core::init::Record;
 use hv_core::{Call, Errno, Error, Gsi, IrqBackend};
-use hv_irq::{Ioapic, IrqRouter, LegacyPins, PinIrqfd, RouterConfig, RouterError};
+use hv_irq::{Ioapic, IrqRouter, LegacyPins, LevelPin, PinIrqfd, RouterConfig, RouterError};
 
 use super::bus::{BusError, Device};
 use super::exits::Outside;
@@ -69,6 +69,28 @@ impl<V: IrqBackend + Send + Sync + 'static> Interrupts<V> {
         let event = Event::new().map_err(|error| Error::new(Call::Eventfd, Errno::from(&error)))?;
         let irqfd = self.router.bind_pin(Gsi(line.into()), event.shared())?;
         Ok(Arc::new(KernelPin { event, _irqfd: irqfd }))
+    }
+
+    /// A level-triggered line, unless this KVM can't tell of the end of its interrupts.
+    ///
+    /// # Errors
+    /// KVM refuses the irqfd, or there is no descriptor left for it.
+    pub(super) fn level(
+        &self,
+        line: u8,
+        record: &Record,
+    ) -> Result<Option<LevelPin<V>>, RouterError> {
+        let event = || {
+            let event = Event::new().map_err(|e| Error::new(Call::Eventfd, Errno::from(&e)))?;
+            Ok::<_, RouterError>(event.shared())
+        };
+        match &self.ioapic {
+            Some(ioapic) => ioapic.bind_level(line, event()?, event()?).map(Some),
+            None if record.irqfds.resample => {
+                self.router.bind_level(Gsi(line.into()), event()?, event()?).map(Some)
+            }
+            None => Ok(None),
+        }
     }
 
     /// All lines by their level.

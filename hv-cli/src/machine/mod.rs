@@ -5,6 +5,7 @@ mod built_in;
 pub mod bus;
 pub mod cpu;
 pub mod crash;
+pub mod devices;
 pub mod exits;
 pub mod host;
 mod interrupts;
@@ -24,8 +25,10 @@ use crate::complete::Counts;
 use crate::console::Console;
 use crate::exit_code::StopReason;
 use crate::guest::{self, Checks};
+use crate::stats::DeviceStats;
 use crate::terminal::TerminalError;
 use crash::CrashReport;
+use devices::Devices;
 use exits::ExitCounts;
 use interrupts::Interrupts;
 use stop::Stopper;
@@ -35,6 +38,8 @@ use vcpu::VcpuThread;
 /// use, the hypervisor last.
 pub struct Machine<H: Hypervisor> {
     vcpus: Vec<VcpuThread<<H::Vm as Vm>::Vcpu>>,
+    /// Before the interrupts they raise.
+    devices: Devices<H::Vm>,
     console: Console,
     checks: Option<Checks>,
     stopper: Stopper,
@@ -78,6 +83,10 @@ pub struct Outcome {
     pub lost_output: u64,
     /// The file of the guest's memory, if it became shorter.
     pub lost_memory: Option<FileError>,
+    /// How often the guest put a PCI BAR where none can be.
+    pub refused_bars: u64,
+    /// What the virtio devices did.
+    pub devices: Vec<DeviceStats>,
 }
 
 impl<H> Machine<H>
@@ -110,7 +119,7 @@ where
         self,
         serve: impl FnOnce(&Console) -> Result<(), TerminalError>,
     ) -> Result<Outcome, RunError> {
-        let Self { vcpus, console, stopper, interrupts, ram, .. } = self;
+        let Self { vcpus, devices, console, stopper, interrupts, ram, .. } = self;
         let outside = vcpus.first().map(|vcpu| vcpu.outside.clone());
         // All before the first runs, so that a stop kicks each of them once, however soon it comes.
         for vcpu in &vcpus {
@@ -140,6 +149,8 @@ where
             crashes: Vec::new(),
             lost_output: 0,
             lost_memory: None,
+            refused_bars: 0,
+            devices: Vec::new(),
         };
         for thread in threads {
             // One that unwound has said so by the reason.
@@ -152,6 +163,8 @@ where
         outcome.unclaimed = outside.map_or(0, |o| o.ports.unclaimed() + o.memory.unclaimed());
         outcome.lost_output = console.com1.lock().unwrap_or_else(PoisonError::into_inner).lost();
         outcome.lost_memory = ram.check().err();
+        outcome.refused_bars = devices.bus().map_or(0, |bus| bus.refusals());
+        outcome.devices = devices.stop();
         drop(interrupts);
         result.map(|()| outcome)
     }
@@ -173,8 +186,12 @@ impl Outcome {
             }
             list(f, self.completed.iter().map(|(name, n)| (n, name)))?;
             match self.lost_output {
+                0 => {}
+                n => write!(f, "; {n} bytes of serial output could not be written")?,
+            }
+            match self.refused_bars {
                 0 => Ok(()),
-                n => write!(f, "; {n} bytes of serial output could not be written"),
+                n => write!(f, "; {n} PCI BARs put where none can be"),
             }
         })
     }

@@ -11,7 +11,9 @@ use std::io::{Cursor, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use hv_cli::config::{IrqchipMode, KernelConfig, MemoryBacking, MemorySize, RunConfig};
+use hv_cli::config::{
+    IrqchipMode, KernelConfig, MemoryBacking, MemorySize, RunConfig, VirtioConfig,
+};
 use hv_cli::console::Console;
 use hv_cli::guest::Report;
 use hv_cli::loader::Format;
@@ -32,10 +34,12 @@ pub(crate) fn built_in(cpus: u32, irqchip: IrqchipMode) -> RunConfig {
         backing: MemoryBacking::default(),
         irqchip,
         devices: Vec::new(),
+        virtio: VirtioConfig::default(),
         complete: true,
         json: true,
         trace: None,
         record: None,
+        stats_json: None,
     }
 }
 

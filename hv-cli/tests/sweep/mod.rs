@@ -12,7 +12,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use hv_cli::config::{IrqchipMode, MemoryBacking, MemorySize, RunConfig};
+use hv_cli::config::{IrqchipMode, MemoryBacking, MemorySize, RunConfig, VirtioConfig};
 use hv_cli::machine::Machine;
 use hv_cli::machine::host::HostFacts;
 use hv_core::init::{Config, InitializedVm, Irqchip, init};
@@ -500,10 +500,12 @@ fn machine<H: Host>(host: &H, run: &mut Run, irqchip: IrqchipMode) -> Result<(),
         backing: MemoryBacking::default(),
         irqchip,
         devices: Vec::new(),
+        virtio: VirtioConfig::default(),
         complete: true,
         json: false,
         trace: None,
         record: None,
+        stats_json: None,
     };
     let machine = Machine::build(open(host, &run.faults), &config, &HostFacts::detect());
     let machine = machine.map_err(text)?;

@@ -1,0 +1,176 @@
+//! The PCI bus of a machine and the virtio devices on it.
+//!
+//! A machine that is given no such device has no bus either: it makes the same calls, and shows its
+//! guest the same, as before there were any.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use hv_core::init::Record;
+use hv_core::{IoEventBackend, IrqBackend};
+use hv_irq::RouterError;
+use hv_memory::IoEventRegistry;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+
+use super::bus::BusError;
+use super::exits::Outside;
+use super::host::HostFacts;
+use super::interrupts::Interrupts;
+use crate::config::VirtioConfig;
+use crate::layout;
+use crate::pci::{Ecam, PciBus, PciError, Window, Windows};
+use crate::stats::DeviceStats;
+use crate::virtio::{Counters, Platform, Rng, VirtioDevice, VirtioError, VirtioPci};
+
+/// Why the devices can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DevicesError {
+    /// They don't fit on the bus.
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    /// One of them can't be made.
+    #[error(transparent)]
+    Virtio(#[from] VirtioError),
+    /// Interrupts could not be set up.
+    #[error("PCI interrupts: {0}")]
+    Interrupts(#[from] RouterError),
+    /// This KVM can't raise message-signalled interrupts by eventfds.
+    #[error("virtio devices need interrupts by eventfd (KVM_CAP_IRQFD), which this KVM lacks")]
+    NoIrqfds,
+}
+
+/// The bus and its devices. The ledger of ioeventfds goes first: what it has goes with the VM, which
+/// costs less than removing each.
+pub(super) struct Devices<V: IoEventBackend> {
+    ioeventfds: Option<Arc<IoEventRegistry<V>>>,
+    bus: Option<Arc<PciBus>>,
+    devices: Vec<Device>,
+}
+
+/// What is known of a device besides the device.
+struct Device {
+    name: String,
+    slot: u8,
+    counters: Arc<Counters>,
+}
+
+/// The devices `config` asks for, in the order of their slots, each with its name.
+fn virtio_devices(config: &VirtioConfig) -> Vec<(String, Box<dyn VirtioDevice>)> {
+    let mut devices: Vec<(String, Box<dyn VirtioDevice>)> = Vec::new();
+    if config.rng {
+        devices.push(("rng0".to_owned(), Box::new(Rng::new())));
+    }
+    devices
+}
+
+impl<V: IrqBackend + IoEventBackend + Send + Sync + 'static> Devices<V> {
+    /// The devices of a configuration, each with its thread, which is idle. Without any there is
+    /// nothing.
+    ///
+    /// # Errors
+    /// What can't be had; nothing of it is left.
+    pub(super) fn new(
+        config: &VirtioConfig,
+        vm: &Arc<V>,
+        record: &Record,
+        memory: &GuestMemoryMmap,
+        host: &HostFacts,
+        interrupts: &Interrupts<V>,
+    ) -> Result<Self, DevicesError> {
+        let mut this = Self { ioeventfds: None, bus: None, devices: Vec::new() };
+        let wanted = virtio_devices(config);
+        if wanted.is_empty() {
+            return Ok(this);
+        }
+        if !record.irqfds.msi {
+            return Err(DevicesError::NoIrqfds);
+        }
+        this.ioeventfds = record.ioeventfds.then(|| Arc::new(IoEventRegistry::new(vm.clone())));
+        let bus = Arc::new(PciBus::new(windows(memory, host)));
+        this.bus = Some(bus.clone());
+        let memory = Arc::new(memory.clone());
+        for (name, device) in wanted {
+            let line = interrupts.level(layout::PCI_IRQ, record)?;
+            let platform = Platform {
+                memory: memory.clone(),
+                router: interrupts.router(),
+                ioeventfds: this.ioeventfds.as_ref(),
+                line: line.map(|pin| (layout::PCI_IRQ, pin)),
+            };
+            let function = VirtioPci::new(&name, device, platform)?;
+            let counters = function.counters();
+            let slot = bus.add(Box::new(function))?;
+            this.devices.push(Device { name, slot, counters });
+        }
+        Ok(this)
+    }
+
+    /// The bus, if there is one.
+    pub(super) fn bus(&self) -> Option<&Arc<PciBus>> {
+        self.bus.as_ref()
+    }
+
+    /// Puts the bus where the guest looks for it, but for its ports.
+    ///
+    /// # Errors
+    /// Something else is there.
+    pub(super) fn attach(&self, outside: &mut Outside) -> Result<(), BusError> {
+        let Some(bus) = &self.bus else { return Ok(()) };
+        let memory = &mut outside.memory;
+        super::build::put(memory, "PCI", layout::PCI_ECAM, Ecam::SIZE, Ecam::new(bus.clone()))?;
+        let Windows { low, high } = bus.windows();
+        for Range { start, end } in [Some(low), high].into_iter().flatten() {
+            super::build::put(memory, "PCI", start, end - start, Window::new(bus.clone(), start))?;
+        }
+        Ok(())
+    }
+
+    /// Ends the devices, after the last vCPU, and tells what they did.
+    pub(super) fn stop(self) -> Vec<DeviceStats> {
+        let Self { ioeventfds, bus, devices } = self;
+        drop(ioeventfds);
+        if let Some(bus) = bus {
+            bus.clear();
+        }
+        let stats = |device: Device| DeviceStats {
+            name: device.name,
+            slot: device.slot,
+            counters: device.counters.values(),
+            failure: device.counters.failure().map(|error| error.to_string()),
+        };
+        devices.into_iter().map(stats).collect()
+    }
+}
+
+/// Where BARs can be: below 4 GiB where RAM is not, and above the last RAM if there are addresses.
+fn windows(memory: &GuestMemoryMmap, host: &HostFacts) -> Windows {
+    let low = layout::PCI_WINDOW_START..layout::PCI_WINDOW_END;
+    let ram_end = memory.last_addr().0.max(layout::MMIO_HOLE_END);
+    let size = layout::PCI_HIGH_WINDOW;
+    let start = ram_end.checked_next_multiple_of(size);
+    let end = start.and_then(|start| start.checked_add(size));
+    let most = 1 << host.physical_address_bits.min(52);
+    let high = start.zip(end).filter(|(_, end)| *end <= most).map(|(start, end)| start..end);
+    Windows { low, high }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::GuestAddress;
+
+    #[test]
+    fn windows_are_beside_ram_and_within_the_address_bits() {
+        let memory = |start, size| {
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096), (GuestAddress(start), size)])
+                .unwrap()
+        };
+        let host = |bits| HostFacts { physical_address_bits: bits, ..HostFacts::detect() };
+        let high = |start, bits| windows(&memory(start, 4096), &host(bits)).high;
+        assert_eq!(high(0x1000, 36), Some(1 << 34..2 << 34));
+        assert_eq!(high((1 << 34) - 0x1000, 36), Some(1 << 34..2 << 34));
+        assert_eq!(high(1 << 34, 36), Some(2 << 34..3 << 34));
+        assert_eq!(high(3 << 34, 36), None);
+        assert_eq!(high(0x1000, 34), None);
+    }
+}
