@@ -15,8 +15,8 @@ const REVISION: u8 = 2;
 pub(super) fn dsdt(config: &AcpiConfig) -> Sdt {
     let mut devices = Vec::new();
     com1(&mut devices);
-    if let Some(windows) = &config.pci {
-        pci::host_bridge(&mut devices, windows);
+    if let Some(bus) = &config.pci {
+        pci::host_bridge(&mut devices, bus);
     }
     for id in 0..config.cpus {
         processor(&mut devices, id);

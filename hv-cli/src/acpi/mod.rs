@@ -38,8 +38,17 @@ pub struct AcpiConfig {
     pub io_apic: bool,
     /// Whether there is a pair of 8259 PICs.
     pub pic: bool,
-    /// Where the BARs of the PCI bus can be, if there is one.
-    pub pci: Option<Windows>,
+    /// The PCI bus, if there is one.
+    pub pci: Option<AcpiPci>,
+}
+
+/// What the tables say of the PCI bus.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AcpiPci {
+    /// Where BARs can be.
+    pub windows: Windows,
+    /// The highest slot that has a device.
+    pub last_slot: u8,
 }
 
 /// Why there are no tables.
@@ -266,6 +275,39 @@ mod tests {
         assert!(has(&[0x47, 1, 0xf8, 3, 0xf8, 3, 1, 8]));
         assert!(has(&[0x89, 6, 0, 3, 1, 4, 0, 0, 0]));
         assert!(has(b"ACPI0007") && has(b"C000") && has(b"C001") && !has(b"C002"));
+    }
+
+    #[test]
+    fn a_pci_bus_is_in_mcfg_and_dsdt_and_only_then() {
+        let memory = memory(1 << 20);
+        let dsdt_and_mcfg = |pci: Option<AcpiPci>| {
+            let with_mcfg = pci.is_some();
+            let config = AcpiConfig { cpus: 1, io_apic: true, pic: true, pci };
+            let rsdp = build(&memory, &config).unwrap();
+            let xsdt = table_at(&memory, u64_at(&read(&memory, rsdp.0, 36), 24));
+            let fadt = table_at(&memory, u64_at(&xsdt, 36));
+            let mcfg = with_mcfg.then(|| table_at(&memory, u64_at(&xsdt, 52)));
+            (table_at(&memory, u64_at(&fadt, 140)), mcfg)
+        };
+        let windows =
+            Windows { low: 0xc000_0000..0xd000_0000, high: Some(0x4_0000_0000..0x8_0000_0000) };
+        let (dsdt, mcfg) = dsdt_and_mcfg(Some(AcpiPci { windows, last_slot: 2 }));
+        let mcfg = mcfg.unwrap();
+        assert_eq!((&mcfg[..4], mcfg.len()), (&b"MCFG"[..], 60));
+        assert_eq!((u64_at(&mcfg, 44), mcfg[52..56].to_vec()), (0xe000_0000, vec![0; 4]));
+        let has = |bytes: &[u8]| dsdt.windows(bytes.len()).any(|at| at == bytes);
+        assert!(has(b"PCI0") && has(b"_PRT") && has(&[0x0c, 0x41, 0xd0, 0x0a, 0x08]));
+        // A 32-bit window and a 64-bit one: first and last address.
+        assert!(has(&[0, 0, 0, 0xc0, 0xff, 0xff, 0xff, 0xcf]));
+        assert!(has(&[0, 0, 0, 0, 4, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 7, 0, 0, 0]));
+        // Two routes: slots 1 and 2, INTA, GSI 11.
+        assert!(has(&[0x0c, 0xff, 0xff, 1, 0, 0, 0, 0x0a, 11]), "{dsdt:x?}");
+        assert!(has(&[0x0c, 0xff, 0xff, 2, 0, 0, 0, 0x0a, 11]));
+        assert!(!has(&[0x0c, 0xff, 0xff, 3, 0]));
+        // ECAM is claimed: Memory32Fixed.
+        assert!(has(&[0x86, 9, 0, 1, 0, 0, 0, 0xe0, 0, 0, 0x10, 0]));
+        let (dsdt, mcfg) = dsdt_and_mcfg(None);
+        assert!(mcfg.is_none() && !dsdt.windows(4).any(|at| at == b"PCI0"));
     }
 
     #[test]

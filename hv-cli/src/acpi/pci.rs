@@ -10,13 +10,9 @@ use acpi_tables::aml::{
 };
 use acpi_tables::mcfg::MCFG;
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{AcpiPci, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout;
-use crate::pci::{Ecam, Windows};
-
-/// The slots of a bus, and the pins of a device.
-const SLOTS: u32 = 32;
-const PINS: u8 = 4;
+use crate::pci::Ecam;
 
 /// Where bus 0 is in memory.
 pub(super) fn mcfg() -> MCFG {
@@ -26,7 +22,8 @@ pub(super) fn mcfg() -> MCFG {
 }
 
 /// The host bridge with its windows and interrupts, and what keeps ECAM from being used otherwise.
-pub(super) fn host_bridge(aml: &mut Vec<u8>, windows: &Windows) {
+pub(super) fn host_bridge(aml: &mut Vec<u8>, pci: &AcpiPci) {
+    let windows = &pci.windows;
     let bus = AddressSpace::new_bus_number(0u16, 0u16);
     let port = layout::PCI_CONFIG_PORT;
     let ports = IO::new(port, port, 1, 8);
@@ -44,16 +41,13 @@ pub(super) fn host_bridge(aml: &mut Vec<u8>, windows: &Windows) {
     }
     let resources = Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources));
 
-    // Every pin of every slot is the one line: the address of the slot with any function, the pin, no
-    // link device, the GSI.
+    // INTA of every device is the one line: the address of the slot with any function, the pin, no
+    // link device, the GSI. For what there is only: some guests are slow to read it.
     let line = u32::from(layout::PCI_IRQ);
-    let addresses: Vec<u32> = (0..SLOTS).map(|slot| slot << 16 | 0xffff).collect();
-    let pins: Vec<u8> = (0..PINS).collect();
-    let routes: Vec<Package<'_>> = addresses
-        .iter()
-        .flat_map(|address| pins.iter().map(move |pin| (address, pin)))
-        .map(|(address, pin)| Package::new(vec![address, pin, &0u8, &line]))
-        .collect();
+    let slots = 1..=u32::from(pci.last_slot);
+    let addresses: Vec<u32> = slots.map(|slot| slot << 16 | 0xffff).collect();
+    let route = |address| Package::new(vec![address, &0u8, &0u8, &line]);
+    let routes: Vec<Package<'_>> = addresses.iter().map(|address| route(address)).collect();
     let routes = Package::new(routes.iter().map(|route| route as &dyn Aml).collect());
     let routes = Name::new(Path::new("_PRT"), &routes);
 

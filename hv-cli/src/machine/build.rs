@@ -21,7 +21,7 @@ use super::interrupts::Interrupts;
 use super::ram::{self, LostMemory, MemoryError};
 use super::stop::Stopper;
 use super::vcpu::VcpuThread;
-use crate::acpi::{self, AcpiConfig, AcpiError};
+use crate::acpi::{self, AcpiConfig, AcpiError, AcpiPci};
 use crate::complete::Completer;
 use crate::config::{DeviceOption, IrqchipMode, KernelConfig, RunConfig};
 use crate::console::{Console, Wire};
@@ -355,7 +355,7 @@ fn load(
     let reserved = record.reserved.identity_map..record.reserved.identity_map + record.reserved.len;
     let map = MemoryMap::new(ram.memory(), &[reserved]);
     let pic = matches!(record.irqchip, Irqchip::Kernel { .. });
-    let pci = pci.map(|bus| bus.windows());
+    let pci = pci.map(|bus| AcpiPci { windows: bus.windows(), last_slot: bus.last_slot() });
     let acpi = AcpiConfig { cpus: config.cpus, io_apic: true, pic, pci };
     let rsdp = acpi::build(ram.memory(), &acpi)?;
     let request = LoadRequest {

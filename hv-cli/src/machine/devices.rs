@@ -10,7 +10,8 @@ use hv_core::init::Record;
 use hv_core::{IoEventBackend, IrqBackend};
 use hv_irq::RouterError;
 use hv_memory::IoEventRegistry;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use hv_memory::RamMemory;
+use vm_memory::GuestMemoryBackend;
 
 use super::bus::BusError;
 use super::exits::Outside;
@@ -73,7 +74,7 @@ impl<V: IrqBackend + IoEventBackend + Send + Sync + 'static> Devices<V> {
         config: &VirtioConfig,
         vm: &Arc<V>,
         record: &Record,
-        memory: &GuestMemoryMmap,
+        memory: &RamMemory,
         host: &HostFacts,
         interrupts: &Interrupts<V>,
     ) -> Result<Self, DevicesError> {
@@ -143,7 +144,7 @@ impl<V: IrqBackend + IoEventBackend + Send + Sync + 'static> Devices<V> {
 }
 
 /// Where BARs can be: below 4 GiB where RAM is not, and above the last RAM if there are addresses.
-fn windows(memory: &GuestMemoryMmap, host: &HostFacts) -> Windows {
+fn windows(memory: &RamMemory, host: &HostFacts) -> Windows {
     let low = layout::PCI_WINDOW_START..layout::PCI_WINDOW_END;
     let ram_end = memory.last_addr().0.max(layout::MMIO_HOLE_END);
     let size = layout::PCI_HIGH_WINDOW;
@@ -162,8 +163,7 @@ mod tests {
     #[test]
     fn windows_are_beside_ram_and_within_the_address_bits() {
         let memory = |start, size| {
-            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096), (GuestAddress(start), size)])
-                .unwrap()
+            RamMemory::from_ranges(&[(GuestAddress(0), 4096), (GuestAddress(start), size)]).unwrap()
         };
         let host = |bits| HostFacts { physical_address_bits: bits, ..HostFacts::detect() };
         let high = |start, bits| windows(&memory(start, 4096), &host(bits)).high;

@@ -192,6 +192,12 @@ impl PciBus {
         }
     }
 
+    /// The highest slot that has a device.
+    #[must_use]
+    pub fn last_slot(&self) -> u8 {
+        self.state().functions.len().saturating_sub(1) as u8
+    }
+
     /// Where BARs can be.
     #[must_use]
     pub fn windows(&self) -> Windows {

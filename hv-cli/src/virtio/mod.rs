@@ -48,7 +48,7 @@ pub use transport::{Platform, VirtioError, VirtioPci, registers};
 
 use std::sync::Arc;
 
-use vm_memory::GuestMemoryMmap;
+use hv_memory::RamMemory;
 
 /// Guest memory as devices share it.
-pub type Memory = Arc<GuestMemoryMmap>;
+pub type Memory = Arc<RamMemory>;

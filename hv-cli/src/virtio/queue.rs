@@ -10,12 +10,16 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::bitmap::RefSlice;
 use vm_memory::volatile_memory::VolatileSlice;
-use vm_memory::{
-    ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Permissions,
-};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, Permissions};
+
+use hv_memory::{RamMemory, WriteLog};
 
 use super::{Counters, DeviceInterrupts, Memory};
+
+/// Guest memory that was looked up; what is written through it is among the dirty pages.
+type Slice<'a> = VolatileSlice<'a, RefSlice<'a, WriteLog>>;
 
 /// Why a queue can't go on: the driver broke a rule, or the ring is out of reach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -169,7 +173,7 @@ impl Chain {
         &self,
         offset: u32,
         len: usize,
-    ) -> Result<Vec<VolatileSlice<'_>>, QueueError> {
+    ) -> Result<Vec<Slice<'_>>, QueueError> {
         self.slices(self.readable(), offset, len, Permissions::Read)
     }
 
@@ -181,7 +185,7 @@ impl Chain {
         &self,
         offset: u32,
         len: usize,
-    ) -> Result<Vec<VolatileSlice<'_>>, QueueError> {
+    ) -> Result<Vec<Slice<'_>>, QueueError> {
         self.slices(self.writable(), offset, len, Permissions::Write)
     }
 
@@ -191,7 +195,7 @@ impl Chain {
         offset: u32,
         len: usize,
         access: Permissions,
-    ) -> Result<Vec<VolatileSlice<'_>>, QueueError> {
+    ) -> Result<Vec<Slice<'_>>, QueueError> {
         let mut slices = Vec::with_capacity(buffers.len());
         let (mut skip, mut left) = (u64::from(offset), len);
         for buffer in buffers {
@@ -473,7 +477,7 @@ impl Virtqueue {
 /// Reads the descriptors of a chain, once.
 fn fill(
     chain: &mut Chain,
-    descriptors: virtio_queue::DescriptorChain<&GuestMemoryMmap>,
+    descriptors: virtio_queue::DescriptorChain<&RamMemory>,
     queue_size: u16,
 ) -> Result<(), ChainError> {
     let (mut count, mut ends) = (0, false);
