@@ -38,6 +38,7 @@ use vm_memory::GuestMemoryBackend;
 
 pub use counts::Counts;
 pub use decode::disassemble;
+pub use paging::{Mapped, look_up};
 pub use stop::NotCompleted;
 
 use cpu::Cpu;
@@ -149,6 +150,23 @@ fn execute<C: Cpu, M: GuestMemoryBackend>(
     }
 }
 
+/// Takes back the #UD that KVM queues along with an emulation failure: the vCPU is as it was before
+/// the instruction, and can be run again from there.
+///
+/// # Errors
+/// Those of the ioctls.
+pub fn withdraw<V: Vcpu>(vcpu: &V) -> Result<(), hv_core::Error> {
+    let mut events = vcpu.vcpu_events()?;
+    let exception = &mut events.exception;
+    if exception.nr != vector::UD || (exception.injected == 0 && exception.pending == 0) {
+        return Ok(());
+    }
+    *exception = Default::default();
+    events.exception_has_payload = 0;
+    events.flags &= KVM_VCPUEVENT_VALID_PAYLOAD;
+    vcpu.set_vcpu_events(&events)
+}
+
 /// The events of the vCPU without the #UD that KVM queues along with an emulation failure, with
 /// the interrupt shadow ended, and marked so that setting them touches nothing that another thread
 /// may change meanwhile (pending NMI, SIPI, SMM).
@@ -251,6 +269,27 @@ mod tests {
         assert_eq!(guest.complete(NOP_LIKE), Ok(Completed::Normally));
         assert_eq!(guest.cpu.events.exception, Default::default());
         assert_eq!(guest.cpu.regs.rip, CODE + 1);
+    }
+
+    #[test]
+    fn a_failed_emulation_can_be_withdrawn_and_nothing_else_is() {
+        let events = |nr, injected| {
+            let mut events = kvm_vcpu_events::default();
+            (events.exception.nr, events.exception.injected) = (nr, injected);
+            events.interrupt.shadow = 1;
+            events
+        };
+        let mut vcpu = MockVcpu::new();
+        vcpu.expect_vcpu_events().once().return_const(Ok(events(6, 1)));
+        vcpu.expect_set_vcpu_events()
+            .withf(|it| it.exception == Default::default() && it.interrupt.shadow == 1)
+            .once()
+            .return_const(Ok(()));
+        withdraw(&vcpu).unwrap();
+        for (nr, injected) in [(6, 0), (14, 1), (0, 0)] {
+            vcpu.expect_vcpu_events().once().return_const(Ok(events(nr, injected)));
+            withdraw(&vcpu).unwrap();
+        }
     }
 
     #[test]

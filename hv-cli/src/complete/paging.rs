@@ -7,6 +7,7 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileMemory};
 
@@ -110,6 +111,36 @@ struct Mapping {
     no_execute: bool,
     protection_key: u64,
     entries: [Option<Entry>; 5],
+}
+
+/// What a linear address is mapped to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mapped {
+    /// The guest-physical address, which need not be RAM.
+    pub address: GuestAddress,
+    /// Whether user code may access it.
+    pub user: bool,
+}
+
+/// Looks up a linear address as a debugger does: whoever may access the page, and without a trace in
+/// the page tables. `None` if it is not mapped.
+#[must_use]
+pub fn look_up<M: GuestMemoryBackend>(
+    sregs: &kvm_sregs,
+    memory: &M,
+    linear: u64,
+) -> Option<Mapped> {
+    let machine = Machine::new(kvm_regs::default(), *sregs, memory);
+    let exists = if machine.long_mode() { machine.is_canonical(linear) } else { linear >> 32 == 0 };
+    if !exists {
+        return None;
+    }
+    let Some(tables) = machine.tables() else {
+        return Some(Mapped { address: GuestAddress(linear), user: false });
+    };
+    let access = Access { kind: Kind::Read, privilege: Privilege::System };
+    let Mapping { address, user, .. } = machine.walk(&tables, linear, access).ok()?;
+    Some(Mapped { address, user })
 }
 
 impl<M: GuestMemoryBackend> Machine<'_, M> {
@@ -526,5 +557,28 @@ mod tests {
         let pku = with_entry(keyed, |cpu| cpu.sregs.cr4 |= cr4::PKE);
         assert!(matches!(translate(&pku, DATA, READ), Err(Stop::NotCompleted(_))));
         assert_eq!(translate(&pku, DATA, FETCH), Ok(DATA), "keys don't apply to fetches");
+    }
+
+    #[test]
+    fn a_debugger_sees_what_is_mapped_whoever_may_access_it_and_leaves_no_trace() {
+        let found = |guest: &Guest, linear| {
+            look_up(&guest.cpu.sregs, &guest.memory, linear).map(|it| (it.address.0, it.user))
+        };
+        let supervisor = with_entry(DATA | PRESENT | NO_EXECUTE, |_| {});
+        assert_eq!(found(&supervisor, DATA + 7), Some((DATA + 7, false)));
+        assert_eq!(supervisor.peek_u64(PT + 8 * (DATA >> 12)), DATA | PRESENT | NO_EXECUTE);
+        let user = with_entry(DATA | PRESENT | USER, |cpu| cpu.sregs.cr4 |= cr4::SMAP | cr4::SMEP);
+        assert_eq!(found(&user, DATA), Some((DATA, true)));
+        let keyed = with_entry(DATA | 7 | 3 << 59, |cpu| cpu.sregs.cr4 |= cr4::PKE);
+        assert_eq!(found(&keyed, DATA), Some((DATA, true)));
+        assert_eq!(found(&with_entry(0, |_| {}), DATA), None);
+        for linear in [1 << 47, 0x7fff_ffff_ffff_ffff, 0xffff_0000_0000_0000 | DATA] {
+            assert_eq!(found(&user, linear), None, "{linear:#x} is not canonical");
+        }
+        let outside = with_entry(7, |cpu| cpu.sregs.cr3 = 0xfee0_0000);
+        assert_eq!(found(&outside, DATA), None, "no tables there");
+        let plain = Guest::new(protected_mode());
+        assert_eq!(found(&plain, 0xfee0_0010), Some((0xfee0_0010, false)));
+        assert_eq!(found(&plain, 1 << 32 | DATA), None, "addresses have 32 bits");
     }
 }
