@@ -9,10 +9,11 @@ use clap::{Args, Parser, Subcommand};
 use hv_core::DeviceChoice;
 
 use crate::config::{
-    DeviceOption, HugePagesOption, IrqchipMode, KernelConfig, MemoryBacking, MemorySize, RunConfig,
-    VirtioConfig,
+    DeviceOption, GdbConfig, HugePagesOption, IrqchipMode, KernelConfig, MemoryBacking, MemorySize,
+    RunConfig, VirtioConfig,
 };
 use crate::exit_code::ExitCode;
+use crate::gdb::GdbAddress;
 use crate::loader::Format;
 use crate::{doctor, probe, run};
 
@@ -25,7 +26,7 @@ Exit codes:
   8   the guest failed: a failed check, or a crash it reported
   10  triple fault
   12  KVM could not go on: internal error, failed entry, unknown exit
-  14  ended by Ctrl-A x, or by a signal while the guest ran
+  14  ended by Ctrl-A x, by a debugger, or by a signal while the guest ran
   odd the guest wrote v to isa-debug-exit: (v << 1) | 1";
 
 const EXAMPLES: &str = "\
@@ -38,6 +39,8 @@ Examples:
   hv run --kernel vmlinux --rng --stats-json stats.json
   hv run --trace calls.jsonl              what is asked of KVM, and how long it takes
   hv run --record run.jsonl               the same run again without KVM: for replay in tests
+  hv run --kernel vmlinux --gdb unix:vm.gdb --gdb-wait
+                                          then: gdb vmlinux -ex 'target remote vm.gdb'
   hv doctor                               why VMs can't run here, and what to do
 
 In a VM: Ctrl-A x ends it, Ctrl-A h shows the keys.";
@@ -139,6 +142,15 @@ struct RunArgs {
     #[arg(long, value_name = "FILE")]
     stats_json: Option<PathBuf>,
 
+    /// Let gdb debug the guest: its processors are threads. Connect with `target remote PATH` or
+    /// `target remote 127.0.0.1:PORT`. Without a time limit for the built-in guest
+    #[arg(long, value_name = "unix:PATH|tcp:127.0.0.1:PORT", conflicts_with = "record")]
+    gdb: Option<GdbAddress>,
+
+    /// Execute no instruction before a debugger continues or detaches
+    #[arg(long, requires = "gdb")]
+    gdb_wait: bool,
+
     #[command(flatten)]
     kvm: KvmArg,
 }
@@ -202,6 +214,7 @@ impl RunArgs {
             trace: self.trace,
             record: self.record,
             stats_json: self.stats_json,
+            gdb: self.gdb.map(|address| GdbConfig { address, wait: self.gdb_wait }),
             kernel,
         }
     }

@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use hv_core::DeviceChoice;
 
+use crate::gdb::GdbAddress;
 use crate::loader::Format;
 
 /// A machine to run.
@@ -39,6 +40,8 @@ pub struct RunConfig {
     pub record: Option<PathBuf>,
     /// Where what was counted is written to at the end.
     pub stats_json: Option<PathBuf>,
+    /// The GDB server.
+    pub gdb: Option<GdbConfig>,
 }
 
 /// The virtio devices of a machine.
@@ -46,6 +49,15 @@ pub struct RunConfig {
 pub struct VirtioConfig {
     /// An entropy device.
     pub rng: bool,
+}
+
+/// A GDB server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GdbConfig {
+    /// Where it listens.
+    pub address: GdbAddress,
+    /// The guest executes nothing before a debugger lets it.
+    pub wait: bool,
 }
 
 /// A kernel to boot.

@@ -73,6 +73,8 @@ pub enum StopReason {
     },
     /// The user ended it with Ctrl-A x.
     UserQuit,
+    /// A debugger killed it.
+    Killed,
     /// This signal ended it.
     Signal(i32),
 }
@@ -95,7 +97,7 @@ pub enum ExitCode {
     TripleFault = 10,
     /// KVM could not go on: an internal error, a failed entry, an unknown exit.
     Internal = 12,
-    /// Ended from outside: Ctrl-A x, or a signal.
+    /// Ended from outside: Ctrl-A x, a debugger's kill, or a signal.
     Stopped = 14,
 }
 
@@ -116,7 +118,7 @@ impl StopReason {
             StopReason::Failed { .. }
             | StopReason::LostMemory { .. }
             | StopReason::ThreadLost { .. } => ExitCode::Vmm,
-            StopReason::UserQuit | StopReason::Signal(_) => ExitCode::Stopped,
+            StopReason::UserQuit | StopReason::Killed | StopReason::Signal(_) => ExitCode::Stopped,
         };
         code as u8
     }
@@ -157,6 +159,7 @@ impl std::fmt::Display for StopReason {
                 write!(f, "the thread of vCPU {vcpu} ended unexpectedly; please report this")
             }
             StopReason::UserQuit => f.write_str("ended with Ctrl-A x"),
+            StopReason::Killed => f.write_str("killed by the debugger"),
             StopReason::Signal(number) => match signal_name(*number) {
                 Some(name) => write!(f, "ended by {name}"),
                 None => write!(f, "ended by signal {number}"),

@@ -14,6 +14,7 @@ pub mod devices;
 pub mod doctor;
 pub mod event;
 pub mod exit_code;
+pub mod gdb;
 pub mod guest;
 pub mod layout;
 pub mod loader;

@@ -12,6 +12,7 @@ use crate::config::RunConfig;
 use crate::console::{Console, Signals};
 use crate::device;
 use crate::exit_code::{ExitCode, StopReason};
+use crate::gdb::{Listener, Server};
 use crate::guest::Checks;
 use crate::machine::host::HostFacts;
 use crate::machine::{Machine, Outcome};
@@ -84,6 +85,10 @@ where
     H::Vm: Send + Sync + 'static,
     <H::Vm as Vm>::Vcpu: 'static,
 {
+    let listener = match config.gdb.as_ref().map(|gdb| Listener::bind(&gdb.address)).transpose() {
+        Ok(listener) => listener,
+        Err(error) => return fail(ExitCode::Usage, &error),
+    };
     let machine = match Machine::build(open, config, host) {
         Ok(machine) => machine,
         Err(error) if error.is_usage() => return fail(ExitCode::Usage, &error),
@@ -94,10 +99,29 @@ where
             say(format_args!("hv: {WARNING}warning:{WARNING:#} {consequence}"));
         }
     }
+    let server = match listener.zip(machine.debugger()).map(|(listener, debugger)| {
+        let address = listener.address().clone();
+        Server::start(listener, debugger.clone()).map(|server| (server, address))
+    }) {
+        Some(Ok((server, address))) => {
+            let waits = config.gdb.as_ref().is_some_and(|gdb| gdb.wait);
+            let guest = if waits { "; the guest waits for it" } else { "" };
+            say(format_args!("hv: gdb can connect with: target remote {address}{guest}"));
+            Some(server)
+        }
+        Some(Err(error)) => {
+            return fail(ExitCode::Vmm, &format_args!("can't start a thread for gdb: {error}"));
+        }
+        None => None,
+    };
     let checks = machine.checks().cloned();
     let limit = machine.deadline();
     let serve = |console: &Console| console.serve(signals, limit, StopReason::ChecksFailed);
-    let outcome = match machine.run(serve) {
+    let result = machine.run(serve);
+    if let Some(server) = server {
+        server.join();
+    }
+    let outcome = match result {
         Ok(outcome) => outcome,
         Err(error) => return fail(ExitCode::Vmm, &error),
     };
@@ -139,7 +163,7 @@ fn report(outcome: &Outcome) {
     }
     let style = match outcome.reason {
         StopReason::PowerOff | StopReason::Reset | StopReason::DebugExit { .. } => Style::new(),
-        StopReason::UserQuit | StopReason::Signal(_) => WARNING,
+        StopReason::UserQuit | StopReason::Killed | StopReason::Signal(_) => WARNING,
         _ => ERROR,
     };
     say(format_args!("hv: {style}{}{style:#}; {}", outcome.reason, outcome.summary()));

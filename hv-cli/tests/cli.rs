@@ -228,3 +228,32 @@ fn without_kvm_every_command_says_what_to_do() {
     assert_eq!(ran.code, Some(4), "{ran:?}");
     assert!(ran.stderr.contains("not KVM"), "{ran:?}");
 }
+
+#[test]
+fn a_debugger_is_let_in_by_its_owner_only() {
+    for address in ["tcp:0.0.0.0:1234", "tcp:192.0.2.1:1234", "tcp:[::]:1234"] {
+        refused(&["--gdb", address], 2, &["--gdb", "no loopback address", "127.0.0.1"]);
+    }
+    refused(&["--gdb", ":1234"], 2, &["--gdb", "unix:PATH", "tcp:127.0.0.1:PORT"]);
+    refused(&["--gdb-wait"], 2, &["--gdb <"]);
+    refused(&["--gdb", "unix:gdb", "--record", "run"], 2, &["--record"]);
+
+    let file = Image::new(b"precious");
+    let address = format!("unix:{}", file.path());
+    refused_in_one_line(&["--gdb", &address], 2, &["--gdb", file.path(), "no socket"]);
+    assert_eq!(std::fs::read(file.path()).unwrap(), b"precious");
+    let nowhere = "unix:/no/such/gdb";
+    refused_in_one_line(
+        &["--gdb", nowhere],
+        2,
+        &["/no/such/gdb", "ENOENT", "directory must exist"],
+    );
+}
+
+#[test]
+fn the_socket_of_a_machine_that_could_not_be_made_is_gone() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let path = dir.path().join("gdb");
+    refused(&["--gdb", &format!("unix:{}", path.display())], 4, &["/no/such/kvm"]);
+    assert!(!path.exists());
+}

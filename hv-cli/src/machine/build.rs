@@ -29,6 +29,7 @@ use crate::devices::{
     Com1, DebugExit, I8042, Latch, PageRemap, PowerControl, ResetPort, Rtc, Scratch, SetIrq,
 };
 use crate::event::Event;
+use crate::gdb::{Debugger, Setup};
 use crate::guest::{self, MMIO, MMIO_LEN, PORTS, PORTS_LEN};
 use crate::layout;
 use crate::loader::{self, BootState, Image, LoadError, LoadRequest, MemoryMap};
@@ -191,16 +192,40 @@ where
                 vcpu.set_sregs(&sregs)?;
                 vcpu.set_regs(&regs)?;
             }
-            vcpus.push(VcpuThread {
-                vcpu,
-                outside: outside.clone(),
-                ram: ram.clone(),
-                stopper: stopper.clone(),
-                completer: config.complete.then(Completer::default),
-            });
+            vcpus.push(vcpu);
         }
+        let debugger = config
+            .gdb
+            .as_ref()
+            .map(|gdb| {
+                let kicks = vcpus.iter().map(Vcpu::kicker);
+                let setup = Setup { wait: gdb.wait, software_kvm: host.software_kvm };
+                Debugger::new(kicks, ram.memory().clone(), stopper.clone(), setup)
+            })
+            .transpose()
+            .map_err(eventfd)?;
+        let thread = |vcpu| VcpuThread {
+            vcpu,
+            outside: outside.clone(),
+            ram: ram.clone(),
+            stopper: stopper.clone(),
+            completer: config.complete.then(Completer::default),
+            debugger: debugger.clone(),
+        };
+        let vcpus = vcpus.into_iter().map(thread).collect();
         let _hypervisor = hypervisor;
-        Ok(Self { vcpus, devices, console, checks, stopper, interrupts, ram, record, _hypervisor })
+        Ok(Self {
+            vcpus,
+            devices,
+            console,
+            checks,
+            debugger,
+            stopper,
+            interrupts,
+            ram,
+            record,
+            _hypervisor,
+        })
     }
 }
 
@@ -217,7 +242,11 @@ fn init_config(config: &RunConfig, ram: &GuestRam) -> init::Config {
 }
 
 fn event() -> Result<Event, BuildError> {
-    Event::new().map_err(|e| BuildError::Eventfd(hv_core::Errno::from(&e)))
+    Event::new().map_err(eventfd)
+}
+
+fn eventfd(error: io::Error) -> BuildError {
+    BuildError::Eventfd(hv_core::Errno::from(&error))
 }
 
 fn console<V>(

@@ -24,6 +24,7 @@ use hv_memory::{FileError, GuestRam};
 use crate::complete::Counts;
 use crate::console::Console;
 use crate::exit_code::StopReason;
+use crate::gdb::Debugger;
 use crate::guest::{self, Checks};
 use crate::stats::DeviceStats;
 use crate::terminal::TerminalError;
@@ -42,6 +43,7 @@ pub struct Machine<H: Hypervisor> {
     devices: Devices<H::Vm>,
     console: Console,
     checks: Option<Checks>,
+    debugger: Option<Debugger<<H::Vm as Vm>::Vcpu>>,
     stopper: Stopper,
     interrupts: Interrupts<H::Vm>,
     ram: Arc<GuestRam>,
@@ -105,9 +107,14 @@ where
         self.checks.as_ref()
     }
 
-    /// How long the guest may take, if there is a limit.
+    /// What the GDB server works with, if there is to be one.
+    pub fn debugger(&self) -> Option<&Debugger<<H::Vm as Vm>::Vcpu>> {
+        self.debugger.as_ref()
+    }
+
+    /// How long the guest may take, if there is a limit. A debugger takes its time.
     pub fn deadline(&self) -> Option<Duration> {
-        self.checks.as_ref().map(|_| guest::DEADLINE)
+        self.checks.as_ref().filter(|_| self.debugger.is_none()).map(|_| guest::DEADLINE)
     }
 
     /// Runs the machine until it stops. `serve` is the main thread's work meanwhile; if it
@@ -119,11 +126,14 @@ where
         self,
         serve: impl FnOnce(&Console) -> Result<(), TerminalError>,
     ) -> Result<Outcome, RunError> {
-        let Self { vcpus, devices, console, stopper, interrupts, ram, .. } = self;
+        let Self { vcpus, devices, console, debugger, stopper, interrupts, ram, .. } = self;
         let outside = vcpus.first().map(|vcpu| vcpu.outside.clone());
         // All before the first runs, so that a stop kicks each of them once, however soon it comes.
         for vcpu in &vcpus {
             stopper.add_vcpu(vcpu.vcpu.kicker());
+        }
+        if let Some(debugger) = &debugger {
+            stopper.add_vcpu(debugger.waker());
         }
         let mut threads = Vec::new();
         let mut result = Ok(());

@@ -5,23 +5,25 @@
 //! comes to see the stop, and a recorded run can be replayed call by call.
 //!
 //! The loop allocates nothing and takes no lock of its own; what a device's answer costs is the
-//! device's business.
+//! device's business. A debugger is asked only at exits that are rare: a kick, a debug exit, an
+//! instruction KVM can't emulate, a crash.
 
 use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use hv_core::{InternalError, Vcpu, VcpuExit};
+use hv_core::{InternalError, Vcpu, VcpuExit, VcpuKick};
 use hv_memory::GuestRam;
 
 use super::crash::CrashReport;
 use super::exits::{ExitCounts, Next, Outside, answer};
 use super::stop::Stopper;
-use crate::complete::{Completer, Counts};
+use crate::complete::{Completed, Completer, Counts};
 use crate::exit_code::StopReason;
+use crate::gdb::{Action, Debugger, Why};
 
 /// What a vCPU thread works with.
-pub struct VcpuThread<V> {
+pub struct VcpuThread<V: Vcpu> {
     /// The vCPU.
     pub vcpu: V,
     /// What it reaches.
@@ -32,6 +34,8 @@ pub struct VcpuThread<V> {
     pub stopper: Stopper,
     /// Completes what KVM can't emulate; `None` turns that off.
     pub completer: Option<Completer>,
+    /// Who may stop it to look at it.
+    pub debugger: Option<Debugger<V>>,
 }
 
 /// What a vCPU did, told when its thread ends.
@@ -65,6 +69,32 @@ impl Drop for Guard<'_> {
     }
 }
 
+/// What a vCPU thread does next.
+enum Turn {
+    /// Runs the vCPU.
+    Run,
+    /// Makes it execute one instruction.
+    Step,
+    /// Waits for the debugger, which is told why if the vCPU stopped by itself.
+    Park(Option<Why>),
+    /// Ends because the machine has stopped.
+    Leave,
+    /// Stops the machine.
+    Stop(StopReason, Option<Box<CrashReport>>),
+}
+
+/// What one run of a vCPU came to.
+enum Ran {
+    /// A device was accessed. The instruction completes when the vCPU is run again.
+    Accessed,
+    /// An instruction was completed.
+    Completed(Completed),
+    /// It was kicked, and the machine has not stopped.
+    Interrupted,
+    /// Something that does not just go on.
+    Ended(Turn),
+}
+
 impl<V: Vcpu> VcpuThread<V> {
     /// Runs the vCPU until it stops the machine, or is kicked because something else did.
     pub fn run(mut self) -> VcpuReport {
@@ -73,64 +103,147 @@ impl<V: Vcpu> VcpuThread<V> {
         let _guard = Guard(&stopper, id);
         let mut exits = ExitCounts::default();
         let mut crash = None;
+        // A debugger may want to see the first instruction.
+        let mut turn = if self.is_stopping() { Turn::Park(None) } else { Turn::Run };
         loop {
-            let exit = match self.vcpu.run() {
-                Ok(exit) => exit,
-                Err(error) => {
-                    crash = self.crash_unless_lost();
-                    stopper.stop(StopReason::Failed { vcpu: id, error });
+            turn = match turn {
+                Turn::Run => self.go_on(&mut exits),
+                Turn::Step => self.step(&mut exits),
+                Turn::Park(why) => {
+                    let Some(debugger) = &self.debugger else { break };
+                    let (vcpu, action) = debugger.park(self.vcpu, why);
+                    self.vcpu = vcpu;
+                    match action {
+                        Action::Continue => Turn::Run,
+                        Action::Step => Turn::Step,
+                        Action::End => Turn::Leave,
+                    }
+                }
+                Turn::Leave => break,
+                Turn::Stop(reason, report) => {
+                    if is_crash(&reason)
+                        && let Some(debugger) = self.debugger.as_ref().filter(|d| d.is_attached())
+                    {
+                        self.vcpu = debugger.park(self.vcpu, Some(Why::Crashed)).0;
+                    }
+                    crash = report;
+                    stopper.stop(reason);
                     break;
                 }
-            };
-            exits.add((&exit).into());
-            if exit == VcpuExit::Interrupted && stopper.is_stopped() {
-                break;
             }
-            let reason = match answer(&mut self.vcpu, exit, &self.outside) {
-                Next::Run => continue,
-                Next::Complete(error) => match self.complete(error) {
-                    Ok(()) => continue,
-                    Err(report) => {
-                        crash = Some(report);
-                        StopReason::InternalError { vcpu: id, error }
-                    }
-                },
-                Next::Stop(reason) => {
-                    if is_crash(&reason) {
-                        crash = self.crash_unless_lost();
-                    }
-                    reason
-                }
-            };
-            stopper.stop(reason);
-            break;
         }
         VcpuReport { exits, completed: self.completer.map(|c| c.counts().clone()), crash }
     }
 
-    /// Looks at nothing if memory is lost: what its file no longer has can't be read.
-    fn crash_unless_lost(&self) -> Option<Box<CrashReport>> {
-        self.ram.check().is_ok().then(|| self.crash(&[]))
+    fn is_stopping(&self) -> bool {
+        self.debugger.as_ref().is_some_and(Debugger::is_stopping)
     }
 
-    fn crash(&self, bytes: &[u8]) -> Box<CrashReport> {
+    /// Runs the vCPU as long as nothing but its own accesses ends a run.
+    fn go_on(&mut self, exits: &mut ExitCounts) -> Turn {
+        loop {
+            match self.run_once(exits) {
+                Ran::Accessed | Ran::Completed(_) => {}
+                Ran::Interrupted if self.is_stopping() => return Turn::Park(None),
+                Ran::Interrupted => {}
+                Ran::Ended(turn) => return turn,
+            }
+        }
+    }
+
+    /// Lets the vCPU execute one instruction. KVM reports the step, except of an instruction that
+    /// needs the VMM: a kick ends the run in which it completes.
+    fn step(&mut self, exits: &mut ExitCounts) -> Turn {
+        let mut accessed = false;
+        loop {
+            match self.run_once(exits) {
+                Ran::Accessed => {
+                    accessed = true;
+                    if let Err(error) = self.vcpu.kicker().kick() {
+                        return self.failed(error);
+                    }
+                }
+                Ran::Completed(Completed::Normally) => return Turn::Park(Some(Why::Stepped)),
+                // The step is into the handler.
+                Ran::Completed(Completed::Exception(_)) => {}
+                Ran::Interrupted if accessed => return Turn::Park(Some(Why::Stepped)),
+                Ran::Interrupted if self.is_stopping() => return Turn::Park(None),
+                Ran::Interrupted => {}
+                Ran::Ended(turn) => return turn,
+            }
+        }
+    }
+
+    fn run_once(&mut self, exits: &mut ExitCounts) -> Ran {
+        let exit = match self.vcpu.run() {
+            Ok(exit) => exit,
+            Err(error) => return Ran::Ended(self.failed(error)),
+        };
+        exits.add((&exit).into());
+        if exit == VcpuExit::Interrupted {
+            let stopped = self.stopper.is_stopped();
+            return if stopped { Ran::Ended(Turn::Leave) } else { Ran::Interrupted };
+        }
+        match answer(&mut self.vcpu, exit, &self.outside) {
+            Next::Run => Ran::Accessed,
+            Next::Complete(error) => self.complete(error),
+            Next::Stop(reason) => self.stop(reason),
+        }
+    }
+
+    /// An exit without an answer, unless a debugger has one.
+    fn stop(&self, reason: StopReason) -> Ran {
+        if let StopReason::UnexpectedExit { exit: VcpuExit::Debug { exception, dr6, .. }, .. } =
+            reason
+            && let Some(debugger) = &self.debugger
+        {
+            return match debugger.debug_exit(&self.vcpu, exception, dr6) {
+                Ok(Some(why)) => Ran::Ended(Turn::Park(Some(why))),
+                Ok(None) => Ran::Completed(Completed::Exception(exception as u8)),
+                Err(error) => Ran::Ended(self.failed(error)),
+            };
+        }
+        let crash = if is_crash(&reason) { self.crash_unless_lost() } else { None };
+        Ran::Ended(Turn::Stop(reason, crash))
+    }
+
+    /// A call failed without which the vCPU can't go on.
+    fn failed(&self, error: hv_core::Error) -> Turn {
+        let reason = StopReason::Failed { vcpu: self.vcpu.id(), error };
+        Turn::Stop(reason, self.crash_unless_lost())
+    }
+
+    /// Looks at nothing if memory is lost: what its file no longer has can't be read.
+    fn crash_unless_lost(&self) -> Option<Box<CrashReport>> {
+        self.ram.check().is_ok().then(|| self.crash_report(&[]))
+    }
+
+    fn crash_report(&self, bytes: &[u8]) -> Box<CrashReport> {
         Box::new(CrashReport::collect(&self.vcpu, self.ram.memory(), bytes))
     }
 
     /// Completes the instruction KVM could not, or says where and why not.
-    fn complete(&mut self, error: InternalError) -> Result<(), Box<CrashReport>> {
+    fn complete(&mut self, error: InternalError) -> Ran {
         let (len, bytes) = error.instruction();
         let bytes = bytes.get(..len).unwrap_or_default();
+        if let Some(debugger) = &self.debugger {
+            match debugger.is_breakpoint(&self.vcpu) {
+                Ok(true) => return Ran::Ended(Turn::Park(Some(Why::Breakpoint))),
+                Ok(false) => {}
+                Err(error) => return Ran::Ended(self.failed(error)),
+            }
+        }
         let refused = match &mut self.completer {
             Some(completer) => match completer.complete(&self.vcpu, self.ram.memory(), bytes) {
-                Ok(_) => return Ok(()),
+                Ok(completed) => return Ran::Completed(completed),
                 Err(refused) => Some(refused),
             },
             None => None,
         };
-        let mut report = self.crash(bytes);
+        let mut report = self.crash_report(bytes);
         report.not_completed = refused;
-        Err(report)
+        let reason = StopReason::InternalError { vcpu: self.vcpu.id(), error };
+        Ran::Ended(Turn::Stop(reason, Some(report)))
     }
 }
 
@@ -161,7 +274,7 @@ mod tests {
 
     fn thread(vcpu: MockVcpu, stopper: Stopper) -> VcpuThread<MockVcpu> {
         let ram = Arc::new(GuestRam::new(&RamLayout::new(0x1000, &[], 46).unwrap()).unwrap());
-        VcpuThread { vcpu, outside: Arc::default(), ram, stopper, completer: None }
+        VcpuThread { vcpu, outside: Arc::default(), ram, stopper, completer: None, debugger: None }
     }
 
     fn vcpu() -> MockVcpu {

@@ -169,11 +169,7 @@ impl Chain {
     ///
     /// # Errors
     /// There are not that many.
-    pub fn readable_slices(
-        &self,
-        offset: u32,
-        len: usize,
-    ) -> Result<Vec<Slice<'_>>, QueueError> {
+    pub fn readable_slices(&self, offset: u32, len: usize) -> Result<Vec<Slice<'_>>, QueueError> {
         self.slices(self.readable(), offset, len, Permissions::Read)
     }
 
@@ -181,11 +177,7 @@ impl Chain {
     ///
     /// # Errors
     /// There is no room for that many.
-    pub fn writable_slices(
-        &self,
-        offset: u32,
-        len: usize,
-    ) -> Result<Vec<Slice<'_>>, QueueError> {
+    pub fn writable_slices(&self, offset: u32, len: usize) -> Result<Vec<Slice<'_>>, QueueError> {
         self.slices(self.writable(), offset, len, Permissions::Write)
     }
 

@@ -40,6 +40,7 @@ pub(crate) fn built_in(cpus: u32, irqchip: IrqchipMode) -> RunConfig {
         trace: None,
         record: None,
         stats_json: None,
+        gdb: None,
     }
 }
 

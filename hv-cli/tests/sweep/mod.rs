@@ -506,6 +506,7 @@ fn machine<H: Host>(host: &H, run: &mut Run, irqchip: IrqchipMode) -> Result<(),
         trace: None,
         record: None,
         stats_json: None,
+        gdb: None,
     };
     let machine = Machine::build(open(host, &run.faults), &config, &HostFacts::detect());
     let machine = machine.map_err(text)?;
