@@ -6,10 +6,12 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::debian;
 use crate::guest;
 use crate::libtest::Tally;
 use crate::process::{self, Event, Read};
@@ -27,6 +29,8 @@ pub(crate) enum Error {
     Doctor,
     #[error(transparent)]
     Guest(#[from] guest::Error),
+    #[error("the guest is debugged with gdb, and it does not run here: {0}")]
+    Gdb(#[from] debian::Error),
     #[error(transparent)]
     Workspace(#[from] workspace::Error),
     #[error(transparent)]
@@ -81,6 +85,16 @@ pub(crate) fn check_node(path: &Path) -> Result<(), Error> {
     }
 }
 
+/// Sees to it that gdb is there, which the tests of the GDB server run.
+fn ensure_gdb() -> Result<(), Error> {
+    let version = Command::new("gdb").arg("--version").output();
+    if version.is_ok_and(|output| output.status.success()) {
+        return Ok(());
+    }
+    debian::ensure("kvm-test", &["gdb"], true)?;
+    Ok(())
+}
+
 /// Runs the hardware tests one by one, with the guest they boot, and prints how many ran.
 pub(crate) fn run(options: &Options) -> Result<Tally, Error> {
     check_node(Path::new(NODE))?;
@@ -88,11 +102,12 @@ pub(crate) fn run(options: &Options) -> Result<Tally, Error> {
     let mut build = workspace::cargo();
     process::run(build.args(["build", "--quiet", "--package", "hv-cli", "--bin", "hv"]))?;
     let hv = metadata.target_directory.join("debug/hv");
-    let mut doctor = std::process::Command::new(hv.as_std_path());
+    let mut doctor = Command::new(hv.as_std_path());
     if !process::status(doctor.arg("doctor"))?.success() {
         return Err(Error::Doctor);
     }
 
+    ensure_gdb()?;
     let guest = guest::build(true)?;
     let targets = workspace::targets(&metadata)?;
     let targets: Vec<&Target> = targets.iter().filter(|target| target.needs_kvm).collect();

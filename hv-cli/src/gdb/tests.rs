@@ -11,9 +11,10 @@ use hv_core::fake::{FakeHost, FakeKvm, FakeVcpu, FakeVm, GuestStep};
 use hv_core::{
     Call, Hypervisor, INTERNAL_ERROR_EMULATION, InternalError, IoAddress, Ioctl, Vcpu, VcpuExit, Vm,
 };
+use hv_memory::RamMemory;
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs};
 use tempfile::TempDir;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{Debugger, GdbAddress, Listener, Server, Setup};
 use crate::event::Event;
@@ -31,7 +32,7 @@ const CODE: u64 = 0x1000;
 struct Rig {
     vm: FakeVm,
     kvm: FakeKvm,
-    memory: GuestMemoryMmap<()>,
+    memory: RamMemory,
     stopper: Stopper,
     threads: Vec<JoinHandle<VcpuReport>>,
     server: Server,
@@ -51,7 +52,7 @@ impl Rig {
         let kvm = FakeKvm::new(host);
         let vm = kvm.create_vm(0).unwrap();
         vm.create_irqchip().unwrap();
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let memory = RamMemory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
         memory.write_slice(&[0x90; 16], GuestAddress(CODE)).unwrap();
         let vcpus: Vec<FakeVcpu> = (0..N as u32).map(|id| vcpu(&vm, id)).collect();
         let stopper = Stopper::new(Event::new().unwrap());

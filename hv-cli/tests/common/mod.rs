@@ -37,13 +37,18 @@ pub(crate) struct Running {
     stdout: mpsc::Receiver<Vec<u8>>,
     stderr: mpsc::Receiver<Vec<u8>>,
     seen: Vec<u8>,
+    told: Vec<u8>,
     deadline: Instant,
 }
 
 impl Running {
     pub(crate) fn start(args: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_hv"))
-            .args(args)
+        Self::spawn(Command::new(env!("CARGO_BIN_EXE_hv")).args(args))
+    }
+
+    /// A run of another program.
+    pub(crate) fn spawn(command: &mut Command) -> Self {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -51,7 +56,8 @@ impl Running {
             .unwrap();
         let stdout = drain(child.stdout.take().unwrap());
         let stderr = drain(child.stderr.take().unwrap());
-        Self { child, stdout, stderr, seen: Vec::new(), deadline: Instant::now() + LIMIT }
+        let deadline = Instant::now() + LIMIT;
+        Self { child, stdout, stderr, seen: Vec::new(), told: Vec::new(), deadline }
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -80,10 +86,28 @@ impl Running {
         }
     }
 
+    /// Waits until the program has said `text` on its standard error.
+    pub(crate) fn wait_for_message(&mut self, text: &str) {
+        while !String::from_utf8_lossy(&self.told).contains(text) {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            match self.stderr.recv_timeout(left) {
+                Ok(bytes) => self.told.extend(bytes),
+                Err(error) => {
+                    let told = String::from_utf8_lossy(&self.told);
+                    panic!("{text:?} was not said ({error}):\n{told}");
+                }
+            }
+        }
+    }
+
     /// Sends SIGTERM.
     pub(crate) fn terminate(&self) {
+        self.signal(rustix::process::Signal::TERM);
+    }
+
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_raw(self.pid() as i32).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
     }
 
     /// Waits for the end.
@@ -91,7 +115,8 @@ impl Running {
         drop(self.child.stdin.take());
         let status = self.wait();
         self.seen.extend(self.stdout.iter().flatten());
-        let stderr: Vec<u8> = self.stderr.iter().flatten().collect();
+        let told = std::mem::take(&mut self.told);
+        let stderr: Vec<u8> = told.into_iter().chain(self.stderr.iter().flatten()).collect();
         Ran {
             code: status.and_then(|status| status.code()),
             stdout: String::from_utf8_lossy(&self.seen).into_owned(),
