@@ -6,20 +6,19 @@
 //! one call are bounded, so that a driver that never stops can't keep a device from anything else.
 //! A driver that breaks a rule gets an error, which makes the device ask for a reset.
 
+mod chain;
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::bitmap::RefSlice;
-use vm_memory::volatile_memory::VolatileSlice;
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, Permissions};
-
-use hv_memory::{RamMemory, WriteLog};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{Counters, DeviceInterrupts, Memory};
-
-/// Guest memory that was looked up; what is written through it is among the dirty pages.
-type Slice<'a> = VolatileSlice<'a, RefSlice<'a, WriteLog>>;
+pub use chain::{Buffer, Chain, ChainError};
 
 /// Why a queue can't go on: the driver broke a rule, or the ring is out of reach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -46,178 +45,6 @@ pub enum QueueError {
         /// What is wrong.
         error: ChainError,
     },
-}
-
-/// What can be wrong with a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum ChainError {
-    /// It has no end within the table: a loop, an index beyond it, a bad indirect table, 4 GiB or more.
-    #[error("has no end")]
-    NoEnd,
-    /// It has more descriptors than the queue.
-    #[error("has more descriptors than the queue")]
-    TooLong,
-    /// A buffer is not in guest memory.
-    #[error("has a buffer that is not guest memory: {len:#x} bytes at {address:#x}")]
-    Outside {
-        /// Where the buffer starts.
-        address: u64,
-        /// Its bytes.
-        len: u32,
-    },
-    /// A buffer for the device to read follows one for it to write (virtio 1.2, 2.7.4.2).
-    #[error("has a buffer to read after one to write")]
-    Order,
-    /// It has fewer bytes than the device has to read or write.
-    #[error("is too short")]
-    TooShort,
-}
-
-/// A part of a request in guest memory. It is there, and not empty.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Buffer {
-    /// Where it starts.
-    pub address: GuestAddress,
-    /// Its bytes.
-    pub len: u32,
-}
-
-/// A request: buffers the device reads, followed by buffers it writes.
-///
-/// The driver may change what is in the buffers at any time, but not where they are. Several may be the
-/// same memory. Together they are less than 4 GiB, which can be more than a device wants to handle at
-/// once: what it allocates for a request it must bound itself.
-///
-/// It is given back with [`Virtqueue::push`]. One that is dropped instead is never completed, as when
-/// the device is reset.
-#[derive(Debug)]
-pub struct Chain {
-    head: u16,
-    queue: u16,
-    memory: Memory,
-    buffers: Vec<Buffer>,
-    /// How many of the buffers are to be read.
-    readable: usize,
-    readable_len: u32,
-    writable_len: u32,
-}
-
-impl Chain {
-    /// Bytes the device can read.
-    #[must_use]
-    pub fn readable_len(&self) -> u32 {
-        self.readable_len
-    }
-
-    /// Bytes the device can write.
-    #[must_use]
-    pub fn writable_len(&self) -> u32 {
-        self.writable_len
-    }
-
-    /// The buffers the device can read.
-    #[must_use]
-    pub fn readable(&self) -> &[Buffer] {
-        self.buffers.get(..self.readable).unwrap_or_default()
-    }
-
-    /// The buffers the device can write.
-    #[must_use]
-    pub fn writable(&self) -> &[Buffer] {
-        self.buffers.get(self.readable..).unwrap_or_default()
-    }
-
-    /// Copies bytes out of the readable part, from `offset` on.
-    ///
-    /// # Errors
-    /// There are not that many.
-    pub fn read_at(&self, offset: u32, data: &mut [u8]) -> Result<(), QueueError> {
-        let mut done = 0;
-        for slice in self.readable_slices(offset, data.len())? {
-            let Some(part) = data.get_mut(done..done + slice.len()) else { break };
-            slice.copy_to(part);
-            done += part.len();
-        }
-        Ok(())
-    }
-
-    /// Copies bytes into the writable part, from `offset` on.
-    ///
-    /// # Errors
-    /// There is no room for all of them; nothing is written.
-    pub fn write_at(&self, offset: u32, data: &[u8]) -> Result<(), QueueError> {
-        let mut rest = data;
-        for slice in self.writable_slices(offset, data.len())? {
-            let (part, later) = rest.split_at_checked(slice.len()).unwrap_or((rest, &[]));
-            slice.copy_from(part);
-            rest = later;
-        }
-        Ok(())
-    }
-
-    /// A value at `offset` of the readable part.
-    ///
-    /// # Errors
-    /// It does not fit.
-    pub fn read_obj<T: ByteValued + Default>(&self, offset: u32) -> Result<T, QueueError> {
-        let mut value = T::default();
-        self.read_at(offset, value.as_mut_slice())?;
-        Ok(value)
-    }
-
-    /// `len` bytes of the readable part from `offset` on, where they are: for I/O without a copy.
-    ///
-    /// # Errors
-    /// There are not that many.
-    pub fn readable_slices(&self, offset: u32, len: usize) -> Result<Vec<Slice<'_>>, QueueError> {
-        self.slices(self.readable(), offset, len, Permissions::Read)
-    }
-
-    /// `len` bytes of the writable part from `offset` on, where they are: for I/O without a copy.
-    ///
-    /// # Errors
-    /// There is no room for that many.
-    pub fn writable_slices(&self, offset: u32, len: usize) -> Result<Vec<Slice<'_>>, QueueError> {
-        self.slices(self.writable(), offset, len, Permissions::Write)
-    }
-
-    fn slices(
-        &self,
-        buffers: &[Buffer],
-        offset: u32,
-        len: usize,
-        access: Permissions,
-    ) -> Result<Vec<Slice<'_>>, QueueError> {
-        let mut slices = Vec::with_capacity(buffers.len());
-        let (mut skip, mut left) = (u64::from(offset), len);
-        for buffer in buffers {
-            let buffer_len = u64::from(buffer.len);
-            if left == 0 {
-                break;
-            }
-            if skip >= buffer_len {
-                skip -= buffer_len;
-                continue;
-            }
-            // Its end is in guest memory, so nothing wraps.
-            let address = GuestAddress(buffer.address.0.wrapping_add(skip));
-            let part = usize::try_from(buffer_len - skip).unwrap_or(usize::MAX).min(left);
-            let found = vm_memory::GuestMemory::get_slices(&*self.memory, address, part, access);
-            let outside =
-                || self.error(ChainError::Outside { address: address.0, len: buffer.len });
-            for slice in found.map_err(|_| outside())? {
-                slices.push(slice.map_err(|_| outside())?);
-            }
-            (skip, left) = (0, left - part);
-        }
-        if left > 0 { Err(self.error(ChainError::TooShort)) } else { Ok(slices) }
-    }
-
-    /// The error of this request, for a device that finds something wrong with it.
-    #[must_use]
-    pub fn error(&self, error: ChainError) -> QueueError {
-        QueueError::Chain { queue: self.queue, head: self.head, error }
-    }
 }
 
 /// A queue as the driver has set it up.
@@ -366,21 +193,8 @@ impl Virtqueue {
             _ => QueueError::Ring(self.index),
         })?;
         let Some(descriptors) = available.next() else { return Ok(None) };
-        let head = descriptors.head_index();
-        let buffers = self.spare.pop().unwrap_or_default();
-        let mut chain = Chain {
-            head,
-            queue: self.index,
-            memory: self.memory.clone(),
-            buffers,
-            readable: 0,
-            readable_len: 0,
-            writable_len: 0,
-        };
-        match fill(&mut chain, descriptors, self.ring.size()) {
-            Ok(()) => Ok(Some(chain)),
-            Err(error) => Err(chain.error(error)),
-        }
+        let spare = self.spare.pop().unwrap_or_default();
+        Chain::read(descriptors, self.index, self.ring.size(), &self.memory, spare).map(Some)
     }
 
     /// Puts back the request that was taken last, to be taken again.
@@ -396,23 +210,21 @@ impl Virtqueue {
     /// # Errors
     /// The used ring can't be written.
     pub fn push(&mut self, chain: Chain, written: u32) -> Result<(), QueueError> {
-        let written = written.min(chain.writable_len);
+        let written = written.min(chain.writable_len());
         self.ring
-            .add_used(&*self.memory, chain.head, written)
+            .add_used(&*self.memory, chain.head(), written)
             .map_err(|_| QueueError::Ring(self.index))?;
         self.used = true;
         self.counters.count_requests(1);
-        self.counters.count_bytes_from_guest(chain.readable_len.into());
+        self.counters.count_bytes_from_guest(chain.readable_len().into());
         self.counters.count_bytes_to_guest(written.into());
         self.recycle(chain);
         Ok(())
     }
 
     fn recycle(&mut self, chain: Chain) {
-        let mut buffers = chain.buffers;
-        buffers.clear();
         if self.spare.len() < usize::from(self.ring.size()) {
-            self.spare.push(buffers);
+            self.spare.push(chain.into_spare());
         }
     }
 
@@ -441,7 +253,7 @@ impl Virtqueue {
         // virtio-queue does not look at the flags of the available ring.
         let flags: u16 = self
             .memory
-            .load(GuestAddress(self.ring.avail_ring()), std::sync::atomic::Ordering::Relaxed)
+            .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
             .map_err(|_| self.ring_error())?;
         Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
@@ -464,40 +276,4 @@ impl Virtqueue {
     fn ring_error(&self) -> QueueError {
         QueueError::Ring(self.index)
     }
-}
-
-/// Reads the descriptors of a chain, once.
-fn fill(
-    chain: &mut Chain,
-    descriptors: virtio_queue::DescriptorChain<&RamMemory>,
-    queue_size: u16,
-) -> Result<(), ChainError> {
-    let (mut count, mut ends) = (0, false);
-    for descriptor in descriptors {
-        if count == queue_size {
-            return Err(ChainError::TooLong);
-        }
-        count += 1;
-        ends = !descriptor.has_next();
-        let (address, len) = (descriptor.addr(), descriptor.len());
-        let writable = descriptor.is_write_only();
-        if !writable && chain.buffers.len() > chain.readable {
-            return Err(ChainError::Order);
-        }
-        if len == 0 {
-            continue;
-        }
-        if !chain.memory.check_range(address, len as usize) {
-            return Err(ChainError::Outside { address: address.0, len });
-        }
-        chain.buffers.push(Buffer { address, len });
-        // virtio-queue ends a chain before it has 4 GiB.
-        if writable {
-            chain.writable_len = chain.writable_len.saturating_add(len);
-        } else {
-            chain.readable_len = chain.readable_len.saturating_add(len);
-            chain.readable += 1;
-        }
-    }
-    if ends { Ok(()) } else { Err(ChainError::NoEnd) }
 }
