@@ -17,8 +17,8 @@ use hv_cli::virtio::registers::{
 use hv_cli::virtio::{CounterValues, Counters, Memory, Platform, VirtioDevice, VirtioPci};
 use hv_core::fake::{FakeKvm, FakeVcpu, FakeVm, Finding, Interrupt, VmView, Wrote};
 use hv_core::layer::{Interceptor as _, Layered, LayeredVm, Trace};
-use hv_core::{Capability, Hypervisor, IoAddress, Ioctl, MemoryBackend as _, Vm};
-use hv_irq::{IrqRouter, LegacyPins, RouterConfig};
+use hv_core::{Hypervisor, IoAddress, Ioctl, MemoryBackend as _, Vm};
+use hv_irq::{GsiRoute, IrqRouter, LegacyPins, RouterConfig};
 use hv_memory::{GuestRam, GuestRange, IoEventRegistry, RamLayout};
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress};
@@ -61,7 +61,7 @@ pub(crate) mod common {
     pub(crate) const QUEUE_DEVICE: u64 = 48;
 }
 
-type CountedVm = LayeredVm<FakeVm, Trace>;
+pub(crate) type CountedVm = LayeredVm<FakeVm, Trace>;
 
 pub(crate) struct Machine {
     pub(crate) bus: Arc<PciBus>,
@@ -86,6 +86,11 @@ pub(crate) fn wait_for(what: &str, mut happened: impl FnMut() -> bool) {
 
 impl Machine {
     pub(crate) fn new() -> Self {
+        Self::with_gsis(4096)
+    }
+
+    /// With room for fewer routes; the legacy interrupts have 38.
+    pub(crate) fn with_gsis(gsis: u32) -> Self {
         let fake = FakeKvm::default();
         let kvm = Trace::new().over(fake.clone());
         let vm = kvm.create_vm(0).unwrap();
@@ -102,9 +107,8 @@ impl Machine {
             vcpu
         };
         let vcpus = (0..VCPUS).map(vcpu).collect();
-        let gsis = vm.check_extension(Capability::IrqRouting).unwrap();
         let vm = Arc::new(vm);
-        let config = RouterConfig::new(gsis.try_into().unwrap(), LegacyPins::Kernel);
+        let config = RouterConfig::new(gsis, LegacyPins::Kernel);
         let windows = Windows { low: 0xc000_0000..0xd000_0000, high: Some(1 << 34..2 << 34) };
         Self {
             bus: Arc::new(PciBus::new(windows)),
@@ -135,6 +139,20 @@ impl Machine {
         let driver = Driver { machine: self, slot, counters };
         driver.config_write(4, &[0b110, 0]);
         driver
+    }
+
+    /// Bytes of RAM.
+    pub(crate) fn memory_at<const N: usize>(&self, address: u64) -> [u8; N] {
+        let mut data = [0; N];
+        self.memory.read_slice(&mut data, GuestAddress(address)).unwrap();
+        data
+    }
+
+    /// Takes all GSIs that are free, until they are dropped.
+    pub(crate) fn take_all_gsis(&self) -> Vec<GsiRoute<CountedVm>> {
+        let msi = hv_core::Msi { address: 0xfee0_0000, data: 0x99, device: None };
+        let one = || self.router.batch(|batch| batch.add_msi(msi)).ok();
+        std::iter::from_fn(one).collect()
     }
 
     /// How often the routing table was set.
