@@ -11,7 +11,7 @@ use hv_core::fake::{FakeHost, FakeKvm, FakeVcpu, FakeVm, GuestStep};
 use hv_core::{
     Call, Hypervisor, INTERNAL_ERROR_EMULATION, InternalError, IoAddress, Ioctl, Vcpu, VcpuExit, Vm,
 };
-use hv_memory::RamMemory;
+use hv_memory::{GuestRam, RamLayout, RamMemory};
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
@@ -52,7 +52,8 @@ impl Rig {
         let kvm = FakeKvm::new(host);
         let vm = kvm.create_vm(0).unwrap();
         vm.create_irqchip().unwrap();
-        let memory = RamMemory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let ram = Arc::new(GuestRam::new(&RamLayout::new(0x10000, &[], 46).unwrap()).unwrap());
+        let memory = ram.memory().clone();
         memory.write_slice(&[0x90; 16], GuestAddress(CODE)).unwrap();
         let vcpus: Vec<FakeVcpu> = (0..N as u32).map(|id| vcpu(&vm, id)).collect();
         let stopper = Stopper::new(Event::new().unwrap());
@@ -65,7 +66,7 @@ impl Rig {
         let thread = |vcpu| VcpuThread {
             vcpu,
             outside: Arc::default(),
-            memory: memory.clone(),
+            ram: ram.clone(),
             stopper: stopper.clone(),
             completer: None,
             debugger: Some(debugger.clone()),

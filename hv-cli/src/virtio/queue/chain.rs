@@ -1,13 +1,16 @@
 //! A request in a queue: buffers in guest memory, read from the ring once and checked.
 
+use hv_memory::{RamMemory, WriteLog};
 use virtio_queue::DescriptorChain;
+use vm_memory::bitmap::RefSlice;
 use vm_memory::volatile_memory::VolatileSlice;
-use vm_memory::{
-    ByteValued, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, Permissions,
-};
+use vm_memory::{ByteValued, GuestAddress, GuestMemory, GuestMemoryBackend, Permissions};
 
 use super::QueueError;
 use crate::virtio::Memory;
+
+/// Guest memory that was looked up. What is written through it is among the dirty pages.
+type Slice<'a> = VolatileSlice<'a, RefSlice<'a, WriteLog>>;
 
 /// What can be wrong with a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -66,7 +69,7 @@ pub struct Chain {
 impl Chain {
     /// Reads the descriptors of a request, once. `spare` is a list that can be used again.
     pub(super) fn read(
-        descriptors: DescriptorChain<&GuestMemoryMmap>,
+        descriptors: DescriptorChain<&RamMemory>,
         queue: u16,
         queue_size: u16,
         memory: &Memory,
@@ -89,7 +92,7 @@ impl Chain {
 
     fn fill(
         &mut self,
-        descriptors: DescriptorChain<&GuestMemoryMmap>,
+        descriptors: DescriptorChain<&RamMemory>,
         queue_size: u16,
     ) -> Result<(), ChainError> {
         // virtio-queue ends a chain that is broken as one that is whole; but then its last descriptor
@@ -202,11 +205,7 @@ impl Chain {
     ///
     /// # Errors
     /// There are not that many.
-    pub fn readable_slices(
-        &self,
-        offset: u32,
-        len: usize,
-    ) -> Result<Vec<VolatileSlice<'_>>, QueueError> {
+    pub fn readable_slices(&self, offset: u32, len: usize) -> Result<Vec<Slice<'_>>, QueueError> {
         self.slices(self.readable(), offset, len, Permissions::Read)
     }
 
@@ -214,11 +213,7 @@ impl Chain {
     ///
     /// # Errors
     /// There is no room for that many.
-    pub fn writable_slices(
-        &self,
-        offset: u32,
-        len: usize,
-    ) -> Result<Vec<VolatileSlice<'_>>, QueueError> {
+    pub fn writable_slices(&self, offset: u32, len: usize) -> Result<Vec<Slice<'_>>, QueueError> {
         self.slices(self.writable(), offset, len, Permissions::Write)
     }
 
@@ -228,7 +223,7 @@ impl Chain {
         offset: u32,
         len: usize,
         access: Permissions,
-    ) -> Result<Vec<VolatileSlice<'_>>, QueueError> {
+    ) -> Result<Vec<Slice<'_>>, QueueError> {
         let mut slices = Vec::with_capacity(buffers.len());
         let (mut skip, mut left) = (u64::from(offset), len);
         for buffer in buffers {

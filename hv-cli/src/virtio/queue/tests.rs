@@ -1,9 +1,10 @@
 use super::*;
 use std::sync::atomic::Ordering::SeqCst;
 
+use hv_memory::RamMemory;
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue::mock::MockSplitQueue;
-use vm_memory::{GuestMemoryMmap, VolatileMemoryError};
+use vm_memory::VolatileMemoryError;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -17,11 +18,11 @@ const BUFFER: u64 = 0x8000;
 
 fn memory() -> Memory {
     let ranges = [(GuestAddress(0), HOLE as usize), (GuestAddress(AFTER), (END - AFTER) as usize)];
-    Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap())
+    Arc::new(RamMemory::from_ranges(&ranges).unwrap())
 }
 
 /// A ring of 16 at 0x1000, as far as its driver has come.
-fn mock(memory: &Memory) -> MockSplitQueue<'_, GuestMemoryMmap> {
+fn mock(memory: &Memory) -> MockSplitQueue<'_, RamMemory> {
     let available = memory.read_obj::<u16>(GuestAddress(0x1102)).unwrap();
     // Making a mock empties it.
     let mock = MockSplitQueue::create(&**memory, GuestAddress(0x1000), 16);
