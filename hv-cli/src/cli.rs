@@ -62,7 +62,7 @@ fn help_tail() -> String {
 enum Command {
     /// Run a virtual machine: the built-in guest, or the kernel given
     #[command(after_help = EXIT_CODES)]
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Show what this host's KVM can do
     Probe(ProbeArgs),
     /// Say whether VMs can run here, and if not, why and what to do
