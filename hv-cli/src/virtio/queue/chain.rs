@@ -52,8 +52,8 @@ pub struct Buffer {
 /// same memory. Together they are less than 4 GiB, which can be more than a device wants to handle at
 /// once: what it allocates for a request it must bound itself.
 ///
-/// It is given back with [`Virtqueue::push`]. One that is dropped instead is never completed, as when
-/// the device is reset.
+/// It is given back with [`Virtqueue::push`](crate::virtio::Virtqueue::push). One that is dropped
+/// instead is never completed, as when the device is reset.
 #[derive(Debug)]
 pub struct Chain {
     head: u16,
