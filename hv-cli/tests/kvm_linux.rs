@@ -63,6 +63,40 @@ fn vmlinux_boots_with_a_split_irqchip() {
     to_user_space_and_off("HV_GUEST_VMLINUX", &["--cpus", "2", "--irqchip", "split"]);
 }
 
+/// The guest reads the entropy device; its interrupts are those `--stats-json` has.
+#[test]
+fn linux_reads_random_numbers_from_the_entropy_device() {
+    let stats = tempfile::NamedTempFile::new().unwrap();
+    let stats_path = stats.path().to_str().unwrap();
+    let args = ["--cpus", "2", "--rng", "--stats-json", stats_path];
+    let mut linux = boot("HV_GUEST_VMLINUX", "hv.check=rng", &args);
+    linux.wait_for("hv-guest: check rng: ok: 64 bytes of /dev/hwrng");
+    linux.wait_for("hv-guest: ready");
+    linux.send("\n");
+    linux.wait_for("hv-guest: power off");
+    let ran = linux.finish();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+
+    let stats: serde_json::Value = serde_json::from_reader(stats).unwrap();
+    let rng = &stats["devices"][0];
+    let count = |name: &str| rng[name].as_u64().unwrap();
+    assert_eq!((&rng["name"], &rng["failure"]), (&"rng0".into(), &serde_json::Value::Null));
+    assert!(count("requests") > 0 && count("bytes-to-guest") >= 64, "{stats:#}");
+    assert!(count("notifications") > 0, "{stats:#}");
+    for none in ["notification-exits", "errors", "needs-reset", "refused"] {
+        assert_eq!(count(none), 0, "{none}: {stats:#}");
+    }
+    // The vector of the queue, which is called input, counted on both CPUs.
+    let lines = ran.stdout.lines().filter_map(|line| line.strip_prefix("hv-guest: interrupts:"));
+    let line = lines.into_iter().find(|line| line.contains("virtio0-input")).unwrap();
+    assert!(line.contains("PCI-MSI"), "{line}");
+    let numbers = line.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok());
+    let seen: u64 = numbers.sum();
+    // The kernel may have asked for more after it was looked at.
+    assert!((1..=count("interrupts")).contains(&seen), "{line}: {stats:#}");
+    assert!(ran.stderr.contains("hv: rng0: "), "{}", ran.stderr);
+}
+
 #[test]
 fn a_guest_that_restarts_ends_as_a_reset() {
     let mut linux = boot("HV_GUEST_VMLINUX", "hv.test=reset", &[]);

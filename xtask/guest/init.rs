@@ -8,10 +8,18 @@
 //! hv-guest: power off
 //! ```
 //!
+//! With `hv.check=NAME,…` on the kernel's command line it checks devices before "ready" (`check.rs`), and
+//! says what came of each; then what is in `/proc/interrupts` of virtio:
+//!
+//! ```text
+//! hv-guest: check rng: ok: 64 bytes of /dev/hwrng
+//! hv-guest: interrupts:  25:  4  0  PCI-MSI 16385-edge  virtio0-input
+//! ```
+//!
 //! `hv.test=reset` on the kernel command line restarts the machine after "ready" instead, and
 //! `hv.test=panic` makes PID 1 exit, which panics the kernel.
 //!
-//! `cargo xtask guest` compiles this file by itself, as a static executable without libc. It must
+//! `cargo xtask guest` compiles this file and its modules by themselves, as a static executable without libc. It must
 //! stay small (the guest's kernel may run in an interpreter, where a system call is slow) and it
 //! must do nothing when it is not PID 1: it ends with reboot(2).
 
@@ -19,9 +27,13 @@
 #![no_main]
 #![deny(unsafe_op_in_unsafe_fn)]
 
-use core::arch::{asm, global_asm};
-use core::ffi::CStr;
+mod check;
+mod sys;
+
+use core::arch::global_asm;
 use core::panic::PanicInfo;
+
+use sys::{EINTR, O_NOCTTY, O_RDWR, call, mount, nr, open, read, read_file};
 
 // The stack pointer is the only thing the kernel hands over; the ABI wants it aligned at a call.
 global_asm!(
@@ -34,7 +46,7 @@ global_asm!(
     main = sym main,
 );
 
-// What the compiler calls to fill and copy: there is no libc to have them.
+// What the compiler calls to fill, copy and compare: there is no libc to have them.
 global_asm!(
     ".globl memset",
     "memset:",
@@ -50,28 +62,15 @@ global_asm!(
     "mov rcx, rdx",
     "rep movsb",
     "ret",
+    ".globl bcmp",
+    "bcmp:",
+    // Equal if there is nothing to compare.
+    "xor eax, eax",
+    "mov rcx, rdx",
+    "repe cmpsb",
+    "setne al",
+    "ret",
 );
-
-/// Numbers from the kernel's `syscall_64.tbl`.
-mod nr {
-    pub const READ: usize = 0;
-    pub const WRITE: usize = 1;
-    pub const OPEN: usize = 2;
-    pub const CLOSE: usize = 3;
-    pub const IOCTL: usize = 16;
-    pub const GETPID: usize = 39;
-    pub const EXIT: usize = 60;
-    pub const UNAME: usize = 63;
-    pub const MOUNT: usize = 165;
-    pub const REBOOT: usize = 169;
-    pub const SCHED_GETAFFINITY: usize = 204;
-}
-
-const EINTR: usize = 4;
-const EBUSY: usize = 16;
-const O_RDONLY: usize = 0;
-const O_RDWR: usize = 2;
-const O_NOCTTY: usize = 0o400;
 
 /// `TCSBRK` with an argument that is not 0: tcdrain(3).
 const TCSBRK: usize = 0x5409;
@@ -107,9 +106,14 @@ extern "C" fn main() -> ! {
     let cpus = decimal(cpus_online(), &mut digits);
     let mut uts = [0; 6 * UTS_FIELD];
     console.line(&[b"init up, ", cpus, b" cpus online, kernel ", kernel_release(&mut uts)]);
+    let mut cmdline = [0; 4096];
+    let cmdline = read_file(c"/proc/cmdline", &mut cmdline);
+    if let Some(checks) = option(cmdline, b"hv.check=") {
+        check::run(&console, checks);
+    }
     console.line(&[b"ready"]);
 
-    match mode(&console) {
+    match mode(&console, cmdline) {
         Mode::Echo => {
             let mut buffer = [0; 1024];
             console.line(&[b"echo: ", console.read_line(&mut buffer)]);
@@ -192,14 +196,13 @@ fn report(console: &Console, what: &[u8], result: Result<usize, usize>) {
     }
 }
 
-fn mode(console: &Console) -> Mode {
-    let mut cmdline = [0; 4096];
-    let cmdline = read_file(c"/proc/cmdline", &mut cmdline);
-    let prefix = b"hv.test=";
-    let value = cmdline
-        .split(|byte| byte.is_ascii_whitespace())
-        .find_map(|word| word.strip_prefix(prefix.as_slice()));
-    match value {
+/// The value of an option on the kernel's command line.
+fn option<'a>(cmdline: &'a [u8], prefix: &[u8]) -> Option<&'a [u8]> {
+    cmdline.split(|byte| byte.is_ascii_whitespace()).find_map(|word| word.strip_prefix(prefix))
+}
+
+fn mode(console: &Console, cmdline: &[u8]) -> Mode {
+    match option(cmdline, b"hv.test=") {
         None => Mode::Echo,
         Some(b"reset") => Mode::Reset,
         Some(b"panic") => Mode::Panic,
@@ -239,30 +242,6 @@ fn decimal(mut value: usize, digits: &mut [u8; 20]) -> &[u8] {
     digits.get(start..).unwrap_or_default()
 }
 
-fn open(path: &CStr, flags: usize) -> Result<usize, usize> {
-    call(nr::OPEN, [path.as_ptr() as usize, flags, 0, 0, 0])
-}
-
-fn read(fd: usize, buffer: &mut [u8]) -> Result<usize, usize> {
-    call(nr::READ, [fd, buffer.as_mut_ptr() as usize, buffer.len(), 0, 0])
-}
-
-/// One read: enough for the files of proc, which answer whole.
-fn read_file<'a>(path: &CStr, buffer: &'a mut [u8]) -> &'a [u8] {
-    let Ok(fd) = open(path, O_RDONLY) else { return &[] };
-    let len = read(fd, buffer).unwrap_or(0);
-    let _ = call(nr::CLOSE, [fd, 0, 0, 0, 0]);
-    buffer.get(..len).unwrap_or_default()
-}
-
-fn mount(kind: &CStr, target: &CStr) -> Result<usize, usize> {
-    let kind = kind.as_ptr() as usize;
-    match call(nr::MOUNT, [kind, target.as_ptr() as usize, kind, 0, 0]) {
-        Err(EBUSY) => Ok(0),
-        result => result,
-    }
-}
-
 fn reboot(console: &Console, command: usize) -> ! {
     console.drain();
     let [magic, magic2] = REBOOT_MAGIC;
@@ -274,30 +253,6 @@ fn exit(code: usize) -> ! {
     loop {
         let _ = call(nr::EXIT, [code, 0, 0, 0, 0]);
     }
-}
-
-/// One system call: its result, or its errno.
-fn call(number: usize, [a, b, c, d, e]: [usize; 5]) -> Result<usize, usize> {
-    let result: isize;
-    // SAFETY: the callers pass what the call with this number takes: descriptors, flags, and
-    // pointers with lengths that come from references alive until it returns. The kernel writes
-    // to memory only through those made from a `&mut`, and changes rax, rcx and r11 alone.
-    unsafe {
-        asm!(
-            "syscall",
-            inlateout("rax") number as isize => result,
-            in("rdi") a,
-            in("rsi") b,
-            in("rdx") c,
-            in("r10") d,
-            in("r8") e,
-            lateout("rcx") _,
-            lateout("r11") _,
-            options(nostack),
-        );
-    }
-    // -4095..=-1 are errors.
-    if (-4095..0).contains(&result) { Err(result.unsigned_abs()) } else { Ok(result as usize) }
 }
 
 #[panic_handler]

@@ -1,4 +1,4 @@
-//! The initramfs of the guest: `init.rs` compiled, in an uncompressed cpio archive ("newc",
+//! The initramfs of the guest: `init.rs` and its modules compiled, in an uncompressed cpio archive ("newc",
 //! `Documentation/driver-api/early-userspace/buffer-format.rst` of the kernel).
 //!
 //! Uncompressed, because the guest's kernel may run in an interpreter.
@@ -11,8 +11,13 @@ use super::Error;
 use super::cache::io;
 use crate::process;
 
-/// What PID 1 of the guest is made of.
-pub(crate) const INIT: &str = include_str!("../../guest/init.rs");
+/// What PID 1 of the guest is made of: the names of its files and what is in them. The first is the root,
+/// the others are its modules.
+pub(crate) const INIT: &[(&str, &str)] = &[
+    ("init.rs", include_str!("../../guest/init.rs")),
+    ("check.rs", include_str!("../../guest/check.rs")),
+    ("sys.rs", include_str!("../../guest/sys.rs")),
+];
 
 /// The arguments of `rustc` that make it a small static executable without libc.
 pub(crate) const RUSTC: &[&str] = &[
@@ -49,11 +54,13 @@ pub(crate) fn make(scratch: &Path, path: &Path) -> Result<(), Error> {
 
 /// Compiles the init.
 fn compile(scratch: &Path) -> Result<PathBuf, Error> {
-    let source = scratch.join("init.rs");
     let binary = scratch.join("init");
-    io("writing", &source, fs::write(&source, INIT))?;
+    for (name, text) in INIT {
+        let source = scratch.join(name);
+        io("writing", &source, fs::write(&source, text))?;
+    }
     let mut rustc = Command::new("rustc");
-    rustc.args(RUSTC).arg("-o").arg(&binary).arg(&source);
+    rustc.args(RUSTC).arg("-o").arg(&binary).arg(scratch.join("init.rs"));
     // Flags for the host's programs do not fit one without libc.
     process::run(rustc.env_remove("RUSTFLAGS"))?;
     Ok(binary)

@@ -89,7 +89,8 @@ pub(crate) fn build(install: bool) -> Result<Guest, Error> {
         kernel::make(scratch, out)
     })?;
 
-    let mut inputs = vec![BUILDER, initramfs::INIT];
+    let mut inputs = vec![BUILDER];
+    inputs.extend(initramfs::INIT.iter().flat_map(|(name, text)| [name, text]));
     inputs.extend(initramfs::RUSTC);
     let name = cache::name("initramfs", &inputs);
     let initramfs = cache.get_or_make(&name, &[INITRAMFS], |scratch, out: &Path| {

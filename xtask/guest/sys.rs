@@ -1,0 +1,73 @@
+//! System calls without libc, for the init of the test guest.
+
+use core::arch::asm;
+use core::ffi::CStr;
+
+/// Numbers from the kernel's `syscall_64.tbl`.
+pub mod nr {
+    pub const READ: usize = 0;
+    pub const WRITE: usize = 1;
+    pub const OPEN: usize = 2;
+    pub const CLOSE: usize = 3;
+    pub const IOCTL: usize = 16;
+    pub const GETPID: usize = 39;
+    pub const EXIT: usize = 60;
+    pub const UNAME: usize = 63;
+    pub const MOUNT: usize = 165;
+    pub const REBOOT: usize = 169;
+    pub const SCHED_GETAFFINITY: usize = 204;
+}
+
+pub const EINTR: usize = 4;
+const EBUSY: usize = 16;
+pub const O_RDONLY: usize = 0;
+pub const O_RDWR: usize = 2;
+pub const O_NOCTTY: usize = 0o400;
+
+pub fn open(path: &CStr, flags: usize) -> Result<usize, usize> {
+    call(nr::OPEN, [path.as_ptr() as usize, flags, 0, 0, 0])
+}
+
+pub fn read(fd: usize, buffer: &mut [u8]) -> Result<usize, usize> {
+    call(nr::READ, [fd, buffer.as_mut_ptr() as usize, buffer.len(), 0, 0])
+}
+
+/// One read: enough for the files of proc, which answer whole.
+pub fn read_file<'a>(path: &CStr, buffer: &'a mut [u8]) -> &'a [u8] {
+    let Ok(fd) = open(path, O_RDONLY) else { return &[] };
+    let len = read(fd, buffer).unwrap_or(0);
+    let _ = call(nr::CLOSE, [fd, 0, 0, 0, 0]);
+    buffer.get(..len).unwrap_or_default()
+}
+
+pub fn mount(kind: &CStr, target: &CStr) -> Result<usize, usize> {
+    let kind = kind.as_ptr() as usize;
+    match call(nr::MOUNT, [kind, target.as_ptr() as usize, kind, 0, 0]) {
+        Err(EBUSY) => Ok(0),
+        result => result,
+    }
+}
+
+/// One system call: its result, or its errno.
+pub fn call(number: usize, [a, b, c, d, e]: [usize; 5]) -> Result<usize, usize> {
+    let result: isize;
+    // SAFETY: the callers pass what the call with this number takes: descriptors, flags, and
+    // pointers with lengths that come from references alive until it returns. The kernel writes
+    // to memory only through those made from a `&mut`, and changes rax, rcx and r11 alone.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") number as isize => result,
+            in("rdi") a,
+            in("rsi") b,
+            in("rdx") c,
+            in("r10") d,
+            in("r8") e,
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    // -4095..=-1 are errors.
+    if (-4095..0).contains(&result) { Err(result.unsigned_abs()) } else { Ok(result as usize) }
+}
