@@ -153,7 +153,7 @@ impl Run {
 
 /// Runs all flows and returns how many pairs there were.
 pub(crate) fn run<H: Host>(host: &H) -> usize {
-    let flows: [(&str, Flow<H>); 10] = [
+    let flows: [(&str, Flow<H>); 12] = [
         ("init, no irqchip", |h, run| start(h, run, Irqchip::Off)),
         ("init, irqchip in the kernel", |h, run| start(h, run, Irqchip::Kernel { pit: true })),
         ("init, split irqchip", |h, run| start(h, run, Irqchip::Split { pins: 24 })),
@@ -162,8 +162,18 @@ pub(crate) fn run<H: Host>(host: &H) -> usize {
         ("routing, split", |h, run| routing(h, run, LegacyPins::Userspace)),
         ("doorbells", doorbells),
         ("a whole VM and its tear-down", whole),
-        ("the machine of hv, irqchip in the kernel", |h, run| machine(h, run, IrqchipMode::Kernel)),
-        ("the machine of hv, split irqchip", |h, run| machine(h, run, IrqchipMode::Split)),
+        ("the machine of hv, irqchip in the kernel", |h, run| {
+            machine(h, run, IrqchipMode::Kernel, VirtioConfig::default())
+        }),
+        ("the machine of hv, split irqchip", |h, run| {
+            machine(h, run, IrqchipMode::Split, VirtioConfig::default())
+        }),
+        ("the machine of hv, virtio", |h, run| {
+            machine(h, run, IrqchipMode::Kernel, VirtioConfig { rng: true })
+        }),
+        ("the machine of hv, virtio, split irqchip", |h, run| {
+            machine(h, run, IrqchipMode::Split, VirtioConfig { rng: true })
+        }),
     ];
     let mut all = 0;
     for (name, flow) in flows {
@@ -491,7 +501,12 @@ fn whole<H: Host>(host: &H, run: &mut Run) -> Result<(), String> {
 }
 
 /// The machine of the built-in guest, from its configuration to its end, without running it.
-fn machine<H: Host>(host: &H, run: &mut Run, irqchip: IrqchipMode) -> Result<(), String> {
+fn machine<H: Host>(
+    host: &H,
+    run: &mut Run,
+    irqchip: IrqchipMode,
+    virtio: VirtioConfig,
+) -> Result<(), String> {
     let config = RunConfig {
         kvm: DeviceChoice::default(),
         kernel: None,
@@ -500,7 +515,7 @@ fn machine<H: Host>(host: &H, run: &mut Run, irqchip: IrqchipMode) -> Result<(),
         backing: MemoryBacking::default(),
         irqchip,
         devices: Vec::new(),
-        virtio: VirtioConfig::default(),
+        virtio,
         complete: true,
         json: false,
         trace: None,
