@@ -408,6 +408,41 @@ impl VirtioDevice for Slow {
 }
 
 #[test]
+fn a_device_whose_thread_is_lost_keeps_asking_for_a_reset_and_holds_nobody_up() {
+    let machine = Machine::new();
+    let (driver, other) = (machine.add(Buggy), machine.add(Rng::new()));
+    let ring = Ring::new(&machine, 0x1_0000, 16);
+    for _ in 0..2 {
+        driver.start(VERSION_1, &ring);
+        driver.ring(0);
+        driver.wait_for_needs_reset();
+        driver.reset();
+    }
+    let ring = Ring::new(&machine, 0x2_0000, 16);
+    other.start(VERSION_1, &ring);
+    ring.descriptor(0, BUFFER, 8, WRITE, 0);
+    ring.offer(0);
+    other.ring(0);
+    other.wait_for_requests(1);
+    machine.end(never);
+}
+
+/// Has a bug.
+struct Buggy;
+
+impl VirtioDevice for Buggy {
+    fn device_type(&self) -> u32 {
+        42
+    }
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![16]
+    }
+    fn queue_ready(&mut self, _: &mut Session, _: usize) -> Result<(), DeviceError> {
+        panic!("a bug, which this test is about");
+    }
+}
+
+#[test]
 fn registers_are_reached_through_configuration_space_too() {
     let machine = Machine::new();
     let driver = machine.add(Rng::new());
