@@ -97,6 +97,20 @@ fn linux_reads_random_numbers_from_the_entropy_device() {
     assert!(ran.stderr.contains("hv: rng0: "), "{}", ran.stderr);
 }
 
+/// Level-triggered interrupts of a device, through an I/O APIC in user space.
+#[test]
+fn linux_without_msi_gets_the_line_of_pci() {
+    let args = ["--rng", "--irqchip", "split"];
+    let mut linux = boot("HV_GUEST_VMLINUX", "hv.check=rng pci=nomsi", &args);
+    linux.wait_for("hv-guest: check rng: ok: 64 bytes of /dev/hwrng");
+    linux.wait_for("hv-guest: ready");
+    linux.send("\n");
+    let ran = linux.finish();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(ran.stdout.contains("11-fasteoi   virtio0"), "{}", ran.stdout);
+    assert!(!ran.stdout.contains("nobody cared"), "{}", ran.stdout);
+}
+
 #[test]
 fn a_guest_that_restarts_ends_as_a_reset() {
     let mut linux = boot("HV_GUEST_VMLINUX", "hv.test=reset", &[]);

@@ -15,6 +15,8 @@ const FIRST_X2APIC: u8 = 255;
 /// Interrupt override flags: as the bus has it, or active high and level triggered.
 const CONFORMING: u16 = 0;
 const HIGH_LEVEL: u16 = 0b1101;
+/// Active low and level triggered, as PCI is.
+const LOW_LEVEL: u16 = 0b1111;
 
 pub(super) fn madt(config: &AcpiConfig) -> Sdt {
     let flags = if config.pic { PCAT_COMPAT } else { 0 };
@@ -40,6 +42,10 @@ pub(super) fn madt(config: &AcpiConfig) -> Sdt {
         // The PIT is on pin 2; the SCI is not edge triggered as ISA interrupts are.
         interrupt_override(&mut body, 0, 2, CONFORMING);
         interrupt_override(&mut body, layout::SCI_IRQ, layout::SCI_IRQ, HIGH_LEVEL);
+        // Nor is that of PCI. Without PICs, Linux does not change an ISA interrupt to what _PRT says.
+        if config.pci.is_some() {
+            interrupt_override(&mut body, layout::PCI_IRQ, layout::PCI_IRQ, LOW_LEVEL);
+        }
     }
     table(*b"APIC", REVISION, &body)
 }

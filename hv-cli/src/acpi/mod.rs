@@ -286,6 +286,8 @@ mod tests {
             let rsdp = build(&memory, &config).unwrap();
             let xsdt = table_at(&memory, u64_at(&read(&memory, rsdp.0, 36), 24));
             let fadt = table_at(&memory, u64_at(&xsdt, 36));
+            let overrides = madt_entries(&table_at(&memory, u64_at(&xsdt, 44)));
+            assert_eq!(overrides.contains(&(2, vec![0, 11, 11, 0, 0, 0, 0xf, 0])), with_mcfg);
             let mcfg = with_mcfg.then(|| table_at(&memory, u64_at(&xsdt, 52)));
             (table_at(&memory, u64_at(&fadt, 140)), mcfg)
         };
