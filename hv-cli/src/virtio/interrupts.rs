@@ -103,6 +103,7 @@ impl DeviceInterrupts {
             && self.line_is_wanted()
         {
             line.signal();
+            self.counters.count_interrupts(1);
         }
     }
 
