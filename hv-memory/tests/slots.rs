@@ -329,7 +329,7 @@ fn run(ops: &[(Op, bool)]) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1024, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 4096, ..ProptestConfig::default() })]
 
     #[test]
     fn manager_kvm_and_owners_agree(ops in ops()) {

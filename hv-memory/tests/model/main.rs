@@ -41,7 +41,7 @@ fn run(setup: Setup, edits: &[Edit]) -> Result<World, TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(cases(2048))]
+    #![proptest_config(cases(4096))]
 
     /// Slots are those of the model, in as few operations as can be, and no vCPU that runs misses
     /// memory.
