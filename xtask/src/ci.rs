@@ -10,7 +10,7 @@ use anstyle::{AnsiColor, Style};
 use thiserror::Error;
 
 use crate::readme::{self, Kind};
-use crate::{kvm_test, layers, process, test, workspace};
+use crate::{kvm_test, layers, process, public_api, test, workspace};
 
 /// How long a command of the README may take, building included.
 const README_LIMIT: Duration = Duration::from_secs(15 * 60);
@@ -27,6 +27,8 @@ pub(crate) enum Error {
     Workspace(#[from] workspace::Error),
     #[error(transparent)]
     Layers(#[from] layers::Error),
+    #[error(transparent)]
+    PublicApi(#[from] public_api::Error),
     #[error(transparent)]
     Test(#[from] test::Error),
     #[error(transparent)]
@@ -66,6 +68,13 @@ pub(crate) fn run(xtask_commands: &[String], limit: Duration) -> Result<(), Erro
         doc.args(["doc", "--workspace", "--no-deps", "--all-features", "--quiet"]);
         process::run(doc.env("RUSTDOCFLAGS", "--deny=warnings"))?;
         Ok("clean".to_owned())
+    })?;
+    steps.run("public items", || Ok(format!("{}, as written down", public_api::run(false)?)))?;
+    steps.run("packages", || {
+        let mut package = workspace::cargo();
+        package.args(["package", "--workspace", "--exclude=xtask", "--allow-dirty", "--quiet"]);
+        process::run(package.env("RUSTFLAGS", "--deny=warnings"))?;
+        Ok("build from what would be published".to_owned())
     })?;
     steps.run("tests without hardware", || Ok(test::run()?.to_string()))?;
     steps.run("commands of the README", || readme(root, xtask_commands, kvm.is_ok()))?;

@@ -14,6 +14,7 @@ mod kvm_test;
 mod layers;
 mod libtest;
 mod process;
+mod public_api;
 mod readme;
 mod test;
 mod workspace;
@@ -65,6 +66,12 @@ enum Task {
     },
     /// Check which crates depend on which, and that rust-vmm crates have one version each
     Layers,
+    /// Compare the public items of the libraries with the snapshots in their directories
+    PublicApi {
+        /// Make the snapshots anew
+        #[arg(long)]
+        accept: bool,
+    },
     /// Run everything that a change must pass
     Ci {
         #[command(flatten)]
@@ -97,6 +104,8 @@ enum Error {
     Bench(#[from] bench::Error),
     #[error(transparent)]
     Layers(#[from] layers::Error),
+    #[error(transparent)]
+    PublicApi(#[from] public_api::Error),
     #[error(transparent)]
     Ci(#[from] ci::Error),
 }
@@ -143,6 +152,10 @@ fn run(task: Task) -> Result<(), Error> {
         Task::Guest { no_install, path } => guest::run(!no_install, path)?,
         Task::Bench { name } => bench::run(name)?,
         Task::Layers => layers::run()?,
+        Task::PublicApi { accept } => {
+            let items = public_api::run(accept)?;
+            anstream::println!("{items} public items");
+        }
         Task::Ci { limit } => {
             let names = Arguments::command();
             let names: Vec<_> = names.get_subcommands().map(|c| c.get_name().to_owned()).collect();
