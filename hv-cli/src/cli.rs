@@ -14,6 +14,7 @@ use crate::config::{
 };
 use crate::exit_code::ExitCode;
 use crate::gdb::GdbAddress;
+use crate::isolation::SeccompMode;
 use crate::loader::Format;
 use crate::{doctor, probe, run};
 
@@ -27,6 +28,7 @@ Exit codes:
   10  triple fault
   12  KVM could not go on: internal error, failed entry, unknown exit
   14  ended by Ctrl-A x, by a debugger, or by a signal while the guest ran
+  16  a thread of hv made a system call that its seccomp filter does not allow
   odd the guest wrote v to isa-debug-exit: (v << 1) | 1";
 
 const EXAMPLES: &str = "\
@@ -151,6 +153,10 @@ struct RunArgs {
     #[arg(long, requires = "gdb")]
     gdb_wait: bool,
 
+    /// What happens when a thread of hv makes a system call it has no need of
+    #[arg(long, value_enum, default_value_t)]
+    seccomp: SeccompMode,
+
     #[command(flatten)]
     kvm: KvmArg,
 }
@@ -215,6 +221,7 @@ impl RunArgs {
             record: self.record,
             stats_json: self.stats_json,
             gdb: self.gdb.map(|address| GdbConfig { address, wait: self.gdb_wait }),
+            seccomp: self.seccomp,
             kernel,
         }
     }

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use hv_core::DeviceChoice;
 
 use crate::gdb::GdbAddress;
+use crate::isolation::SeccompMode;
 use crate::loader::Format;
 
 /// A machine to run.
@@ -42,6 +43,8 @@ pub struct RunConfig {
     pub stats_json: Option<PathBuf>,
     /// The GDB server.
     pub gdb: Option<GdbConfig>,
+    /// How the process is isolated from its host.
+    pub seccomp: SeccompMode,
 }
 
 /// The virtio devices of a machine.

@@ -99,6 +99,8 @@ pub enum ExitCode {
     Internal = 12,
     /// Ended from outside: Ctrl-A x, a debugger's kill, or a signal.
     Stopped = 14,
+    /// A thread of `hv` made a system call that its seccomp filter does not allow.
+    Isolation = 16,
 }
 
 impl StopReason {

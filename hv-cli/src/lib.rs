@@ -16,6 +16,7 @@ pub mod event;
 pub mod exit_code;
 pub mod gdb;
 pub mod guest;
+pub mod isolation;
 pub mod layout;
 pub mod loader;
 pub mod machine;

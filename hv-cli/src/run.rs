@@ -14,6 +14,7 @@ use crate::device;
 use crate::exit_code::{ExitCode, StopReason};
 use crate::gdb::{Listener, Server};
 use crate::guest::Checks;
+use crate::isolation::{self, Kind, Policy, Sandbox};
 use crate::machine::host::HostFacts;
 use crate::machine::{Machine, Outcome};
 use crate::observe::Observers;
@@ -41,6 +42,10 @@ pub fn run(config: &RunConfig) -> u8 {
         Ok(signals) => signals,
         Err(error) => return fail(ExitCode::Vmm, &format_args!("signals: {error}")),
     };
+    let policy = Policy { seccomp: config.seccomp, inspects_descriptors: config.record.is_some() };
+    if let Err(error) = isolation::start(policy) {
+        return fail(ExitCode::Vmm, &error);
+    }
     let host = HostFacts::detect();
     let observers = match Observers::create(config, &host) {
         Ok(observers) => observers,
@@ -89,6 +94,10 @@ where
         Ok(listener) => listener,
         Err(error) => return fail(ExitCode::Usage, &error),
     };
+    let sandbox = match Sandbox::new(Kind::Main, &[]) {
+        Ok(sandbox) => sandbox,
+        Err(error) => return fail(ExitCode::Vmm, &error),
+    };
     let machine = match Machine::build(open, config, host) {
         Ok(machine) => machine,
         Err(error) if error.is_usage() => return fail(ExitCode::Usage, &error),
@@ -116,7 +125,11 @@ where
     };
     let checks = machine.checks().cloned();
     let limit = machine.deadline();
-    let serve = |console: &Console| console.serve(signals, limit, StopReason::ChecksFailed);
+    let serve = |console: &Console| {
+        // Now every thread is there, with rules of its own, and every file is open.
+        sandbox.enter_or_end();
+        console.serve(signals, limit, StopReason::ChecksFailed)
+    };
     let result = machine.run(serve);
     if let Some(server) = server {
         server.join();

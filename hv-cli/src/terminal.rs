@@ -6,6 +6,7 @@
 //! the main loop, which then returns; `process::exit` must not be called while a [`RawMode`] lives.
 
 use std::os::fd::AsFd;
+use std::sync::OnceLock;
 
 use hv_core::Errno;
 use rustix::io::retry_on_intr;
@@ -52,6 +53,20 @@ pub struct RawMode<F: AsFd> {
     found: Option<Termios>,
 }
 
+/// The mode that a terminal had first, for [`restore`].
+static FIRST_FOUND: OnceLock<Termios> = OnceLock::new();
+
+/// Restores the mode that the terminal had before any [`RawMode`], for a process that ends without
+/// destructors. Takes no lock and allocates nothing, so a signal handler may call it.
+pub(crate) fn restore() {
+    if let Some(found) = FIRST_FOUND.get()
+        && in_foreground(rustix::stdio::stdin())
+    {
+        // A terminal that was hung up has no mode to restore.
+        let _ = set(rustix::stdio::stdin(), found);
+    }
+}
+
 impl<F: AsFd> RawMode<F> {
     /// Puts `terminal` into raw mode; `None` if it is not a terminal.
     ///
@@ -83,6 +98,7 @@ impl<F: AsFd> RawMode<F> {
         if self.found.is_some() && same_modes(&raw, &current) {
             return Ok(()); // The shell gave us our own mode back: `found` is still the one to restore.
         }
+        FIRST_FOUND.get_or_init(|| current.clone());
         set(&self.terminal, &raw).map_err(TerminalError::Set)?;
         self.found = Some(current);
         Ok(())

@@ -20,6 +20,17 @@ pub enum GdbAddress {
     Tcp(SocketAddr),
 }
 
+impl GdbAddress {
+    /// The file of the socket, if it has one.
+    #[must_use]
+    pub fn path(&self) -> Option<PathBuf> {
+        match self {
+            Self::Unix(path) => Some(path.clone()),
+            Self::Tcp(_) => None,
+        }
+    }
+}
+
 /// A text that is no address a GDB server may have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseGdbAddressError {

@@ -20,6 +20,7 @@ use super::socket::Listener;
 use super::target::{GdbTarget, tid};
 use super::wire::Wire;
 use crate::exit_code::StopReason;
+use crate::isolation::{Kind, Sandbox};
 use crate::machine::stop::Stopper;
 
 /// The longest packet, in bytes. gdb is told; a longer one ends the session.
@@ -37,7 +38,11 @@ impl Server {
     /// # Errors
     /// The host has no thread left.
     pub fn start<V: Vcpu + 'static>(listener: Listener, debugger: Debugger<V>) -> io::Result<Self> {
-        let serve = move || serve(&listener, &debugger);
+        let sandbox = Sandbox::new(Kind::Debugger, &[])?.removing(listener.address().path());
+        let serve = move || {
+            sandbox.enter_or_end();
+            serve(&listener, &debugger);
+        };
         thread::Builder::new().name("gdb".to_owned()).spawn(serve).map(Self)
     }
 

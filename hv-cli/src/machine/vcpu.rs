@@ -21,6 +21,7 @@ use super::stop::Stopper;
 use crate::complete::{Completed, Completer, Counts};
 use crate::exit_code::StopReason;
 use crate::gdb::{Action, Debugger, Why};
+use crate::isolation::{Kind, Sandbox};
 
 /// What a vCPU thread works with.
 pub struct VcpuThread<V: Vcpu> {
@@ -56,7 +57,12 @@ impl<V: Vcpu + 'static> VcpuThread<V> {
     /// The host has no thread left.
     pub fn spawn(self) -> io::Result<JoinHandle<VcpuReport>> {
         let name = format!("vcpu{}", self.vcpu.id());
-        thread::Builder::new().name(name).spawn(move || self.run())
+        let sandbox = Sandbox::new(Kind::Vcpu, &[])?;
+        let run = move || {
+            sandbox.enter_or_end();
+            self.run()
+        };
+        thread::Builder::new().name(name).spawn(run)
     }
 }
 

@@ -2,6 +2,8 @@
 
 use hv_core::Errno;
 
+use crate::isolation::SystemCall;
+
 use super::{DeviceConfig, QueueError, Ready, Session};
 
 /// A virtio device.
@@ -59,6 +61,12 @@ pub trait VirtioDevice: Send + 'static {
     /// The most descriptors of each queue: powers of two, at most 32768. Asked once, before the machine
     /// runs.
     fn queue_sizes(&self) -> Vec<u16>;
+
+    /// The system calls that it makes in its thread, beyond those every thread may make. Asked once, before
+    /// the machine runs. One that is missing ends the process when it is made.
+    fn system_calls(&self) -> &'static [SystemCall] {
+        &[]
+    }
 
     /// Its configuration space, of which it keeps a clone. Asked once, before the machine runs.
     fn config(&self) -> DeviceConfig {

@@ -22,6 +22,7 @@ use super::{
     VirtioDevice, Virtqueue,
 };
 use crate::event::Event;
+use crate::isolation::{Kind, Sandbox};
 
 /// Tokens of the poller: what wakes the thread besides doorbells and the device's own descriptors.
 const COMMAND: u64 = 0;
@@ -91,7 +92,13 @@ impl Worker {
             told: told.clone(),
             ready: Vec::new(),
         };
-        let thread = thread::Builder::new().name(name).spawn(move || thread.run())?;
+        let calls = thread.parts.device.system_calls();
+        let sandbox = Sandbox::new(Kind::Device, calls)?;
+        let run = move || {
+            sandbox.enter_or_end();
+            thread.run();
+        };
+        let thread = thread::Builder::new().name(name).spawn(run)?;
         Ok(Self { commands: Some(commands), wake, told, resets: 0, thread: Some(thread) })
     }
 

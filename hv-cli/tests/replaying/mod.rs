@@ -16,6 +16,7 @@ use hv_cli::config::{
 };
 use hv_cli::console::Console;
 use hv_cli::guest::Report;
+use hv_cli::isolation::SeccompMode;
 use hv_cli::loader::Format;
 use hv_cli::machine::host::HostFacts;
 use hv_cli::machine::{Machine, Outcome};
@@ -41,6 +42,7 @@ pub(crate) fn built_in(cpus: u32, irqchip: IrqchipMode) -> RunConfig {
         record: None,
         stats_json: None,
         gdb: None,
+        seccomp: SeccompMode::Off,
     }
 }
 

@@ -1,0 +1,157 @@
+//! What an isolated process does when one of its threads does what it must not. Such a process ends, so each
+//! case is a process of its own: this binary again, with the case in the environment.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod virtio;
+
+use std::fs::File;
+use std::net::TcpStream;
+use std::process::{Command, Output};
+
+use hv_cli::isolation::{Kind, Policy, Sandbox, SeccompMode, SystemCall, start};
+use hv_cli::virtio::{DeviceError, Rng, Session, VirtioDevice};
+use virtio::*;
+
+/// Which part the process plays.
+const PART: &str = "HV_ISOLATION_TEST";
+
+/// Runs this test again, playing a part.
+fn child(test: &str, part: &str) -> Output {
+    let mut this = Command::new(std::env::current_exe().unwrap());
+    this.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(PART, part);
+    this.output().unwrap()
+}
+
+fn part() -> Option<String> {
+    std::env::var(PART).ok()
+}
+
+fn isolate(seccomp: SeccompMode) {
+    start(Policy { seccomp, ..Policy::default() }).unwrap();
+}
+
+/// A device that a guest has taken over: when its driver rings, it opens a file.
+struct Evil;
+
+impl VirtioDevice for Evil {
+    fn device_type(&self) -> u32 {
+        virtio_bindings::virtio_ids::VIRTIO_ID_RNG
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![16]
+    }
+
+    fn queue_ready(&mut self, _: &mut Session, _: usize) -> Result<(), DeviceError> {
+        let opened = File::open("/etc/passwd").is_ok();
+        println!("the file was opened: {opened}");
+        Ok(())
+    }
+}
+
+fn drive(device: impl VirtioDevice) {
+    let machine = Machine::new();
+    let driver = machine.add(device);
+    let ring = Ring::new(&machine, 0x1_0000, 16);
+    driver.start(VERSION_1, &ring);
+    ring.descriptor(0, 0x8_0000, 64, WRITE, 0);
+    ring.offer(0);
+    driver.ring(0);
+    driver.wait_for_requests(1);
+}
+
+#[test]
+fn a_device_that_opens_a_file_ends_the_vm_with_a_message_and_the_exit_code() {
+    match part().as_deref() {
+        Some("evil") => {
+            isolate(SeccompMode::On);
+            drive(Evil);
+        }
+        Some("honest") => {
+            isolate(SeccompMode::On);
+            drive(Rng::new());
+        }
+        _ => {
+            let test = "a_device_that_opens_a_file_ends_the_vm_with_a_message_and_the_exit_code";
+            let output = child(test, "evil");
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(16), "{output:?}");
+            let wanted = "hv: error: a device thread made the system call openat (257), which its seccomp filter";
+            assert!(said.contains(wanted) && said.contains("--seccomp log"), "{said}");
+            assert!(!String::from_utf8_lossy(&output.stdout).contains("was opened"));
+            assert_eq!(child(test, "honest").status.code(), Some(0));
+        }
+    }
+}
+
+/// With `log` the call is made; Landlock still refuses.
+#[test]
+fn files_and_ports_are_out_of_reach_even_where_calls_are_only_logged() {
+    if part().is_some() {
+        isolate(SeccompMode::Log);
+        let tried = std::thread::spawn(|| {
+            Sandbox::new(Kind::Device, &[]).unwrap().enter().unwrap();
+            let opened = File::open("/etc/passwd").err().and_then(|e| e.raw_os_error());
+            let connected = TcpStream::connect("127.0.0.1:9").err().and_then(|e| e.raw_os_error());
+            (opened, connected)
+        });
+        println!("tried: {:?}", tried.join().unwrap());
+        println!("the main thread: {}", File::open("/etc/passwd").is_ok());
+        return;
+    }
+    let test = "files_and_ports_are_out_of_reach_even_where_calls_are_only_logged";
+    let output = child(test, "log");
+    let said = String::from_utf8_lossy(&output.stdout);
+    if landlock_abi() < 4 {
+        eprintln!("NOT TESTED: this kernel's Landlock has no rules for ports: {said}");
+        return;
+    }
+    assert!(said.contains("tried: (Some(13), Some(13))"), "{output:?}");
+    assert!(said.contains("the main thread: true"), "only the thread is restricted: {output:?}");
+}
+
+/// The version of Landlock, 0 without it.
+fn landlock_abi() -> i32 {
+    use landlock::{ABI, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr};
+    let with = |access| {
+        let ruleset = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
+        ruleset.handle_access(access).is_ok()
+    };
+    if with(AccessNet::BindTcp) { ABI::V4 as i32 } else { 0 }
+}
+
+#[test]
+fn a_call_is_allowed_only_with_its_arguments() {
+    if let Some(part) = part() {
+        isolate(SeccompMode::On);
+        let more = [SystemCall::with(libc::SYS_lseek, 2, libc::SEEK_CUR as u64)];
+        Sandbox::new(Kind::Device, &more).unwrap().enter().unwrap();
+        let whence = if part == "allowed" {
+            rustix::fs::SeekFrom::Current(0)
+        } else {
+            rustix::fs::SeekFrom::Start(0)
+        };
+        // A pipe can't seek: what matters is that the call is made.
+        let _ = rustix::fs::seek(rustix::stdio::stderr(), whence);
+        return;
+    }
+    let test = "a_call_is_allowed_only_with_its_arguments";
+    assert_eq!(child(test, "allowed").status.code(), Some(0));
+    let other = child(test, "other");
+    assert_eq!(other.status.code(), Some(16));
+    assert!(String::from_utf8_lossy(&other.stderr).contains("lseek (8)"), "{other:?}");
+}
+
+#[test]
+fn a_process_that_asks_for_no_isolation_has_none() {
+    if part().is_some() {
+        isolate(SeccompMode::Off);
+        Sandbox::new(Kind::Device, &[]).unwrap().enter().unwrap();
+        assert!(File::open("/etc/passwd").is_ok());
+        println!("opened");
+        return;
+    }
+    let output = child("a_process_that_asks_for_no_isolation_has_none", "off");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("opened"), "{output:?}");
+}
