@@ -9,8 +9,8 @@ use clap::{Args, Parser, Subcommand};
 use hv_core::DeviceChoice;
 
 use crate::config::{
-    DeviceOption, GdbConfig, HugePagesOption, IrqchipMode, KernelConfig, MemoryBacking, MemorySize,
-    RunConfig, VirtioConfig,
+    DeviceOption, DiskConfig, GdbConfig, HugePagesOption, IrqchipMode, KernelConfig, MemoryBacking,
+    MemorySize, RunConfig, VirtioConfig,
 };
 use crate::exit_code::ExitCode;
 use crate::gdb::GdbAddress;
@@ -38,6 +38,7 @@ Examples:
   hv run --kernel bzImage --cmdline 'console=ttyS0 panic=-1'
   hv run --kernel test.flat --format multiboot --device isa-debug-exit --device testdev
   hv run --memory 2G --hugepages thp --prefault
+  hv run --kernel vmlinux --disk root.img --disk data.img,readonly --cmdline 'root=/dev/vda'
   hv run --kernel vmlinux --rng --stats-json stats.json
   hv run --trace calls.jsonl              what is asked of KVM, and how long it takes
   hv run --record run.jsonl               the same run again without KVM: for replay in tests
@@ -168,11 +169,20 @@ struct VirtioArgs {
     /// An entropy device: random numbers of the host
     #[arg(long)]
     rng: bool,
+
+    /// A disk with the contents of FILE (raw); may be given several times. FILE is followed by any of:
+    /// ,readonly  ,serial=TEXT (20 characters)  ,queues=N  ,cache=writeback (what the guest has flushed
+    /// is safe; the default) or ,cache=writethrough (what it has written is safe)
+    /// ,device (FILE may be a block device)  ,format=raw (whatever it looks like)
+    /// ,io=auto|uring|sync (io_uring or system calls).
+    /// A comma in FILE is written ,,
+    #[arg(long = "disk", value_name = "FILE[,PROPERTY]...")]
+    disks: Vec<DiskConfig>,
 }
 
 impl VirtioArgs {
     fn into_config(self) -> VirtioConfig {
-        VirtioConfig { rng: self.rng }
+        VirtioConfig { rng: self.rng, disks: self.disks }
     }
 }
 

@@ -12,6 +12,10 @@ use crate::gdb::GdbAddress;
 use crate::isolation::SeccompMode;
 use crate::loader::Format;
 
+mod disk;
+
+pub use disk::{CacheMode, DiskConfig, DiskIo, ParseDiskError};
+
 /// A machine to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunConfig {
@@ -52,6 +56,8 @@ pub struct RunConfig {
 pub struct VirtioConfig {
     /// An entropy device.
     pub rng: bool,
+    /// Disks, in the order the guest finds them.
+    pub disks: Vec<DiskConfig>,
 }
 
 /// A GDB server.

@@ -186,6 +186,32 @@ fn images_that_are_none() {
 }
 
 #[test]
+fn disks_that_can_not_be() {
+    let disk = Image::new(&[0; 1024]);
+    let with = |properties: &str| format!("{}{properties}", disk.path());
+    refused_in_one_line(&["--disk", "/no/such/disk"], 2, &["/no/such/disk", "ENOENT", "truncate"]);
+    refused_in_one_line(&["--disk", "/"], 2, &["disk /", "directory"]);
+    refused_in_one_line(&["--disk", "/dev/null"], 2, &["/dev/null", "character device"]);
+    refused_in_one_line(&["--disk", Image::new(b"short").path()], 2, &["5 bytes", "512"]);
+    refused_in_one_line(&["--disk", env!("CARGO_BIN_EXE_hv")], 2, &["ETXTBSY", ",readonly"]);
+    refused(&["--disk", ""], 2, &["--disk"]);
+    refused(&["--disk", &with(",format=qcow2")], 2, &["qcow2", "qemu-img"]);
+    refused(&["--disk", &with(",cache=fast")], 2, &["fast", "writeback"]);
+    refused(&["--disk", &with(",write")], 2, &["write", "readonly"]);
+    // In use, by a machine or twice by this one.
+    refused_in_one_line(&["--disk", disk.path(), "--disk", disk.path()], 2, &["in use"]);
+    let reader = std::fs::File::open(disk.path()).unwrap();
+    reader.lock_shared().unwrap();
+    refused_in_one_line(&["--disk", disk.path()], 2, &["in use", ",readonly"]);
+    let read_only = with(",readonly");
+    let twice = ["--disk", &read_only, "--disk", &read_only];
+    refused_in_one_line(&twice, 4, &["/no/such/kvm"]);
+    reader.unlock().unwrap();
+    reader.lock().unwrap();
+    refused_in_one_line(&["--disk", &read_only], 2, &["in use", "writes"]);
+}
+
+#[test]
 fn files_to_observe_a_run_with_that_can_not_be() {
     for option in ["--trace", "--record"] {
         refused_in_one_line(&[option, "/"], 2, &[option, "'/'", "EISDIR", "name a file"]);

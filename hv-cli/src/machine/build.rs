@@ -14,7 +14,7 @@ use super::Machine;
 use super::built_in::{Parts, PartsError};
 use super::bus::{Bus, BusError, Device};
 use super::cpu::{CpuidConfig, cpuid, set_firmware_state};
-use super::devices::{Devices, DevicesError};
+use super::devices::{self, Devices, DevicesError};
 use super::exits::Outside;
 use super::host::HostFacts;
 use super::interrupts::Interrupts;
@@ -91,6 +91,7 @@ impl BuildError {
             | Self::Acpi(_)
             | Self::Devices(DevicesError::Pci(_))
             | Self::TooManyForBuiltIn(_) => true,
+            Self::Devices(DevicesError::Disk(error)) => error.is_usage(),
             Self::Init(error) => error.step == init::Step::VcpuLimits,
             _ => false,
         }
@@ -134,6 +135,7 @@ where
         if images.is_none() && config.cpus > MAX_BUILT_IN_CPUS {
             return Err(BuildError::TooManyForBuiltIn(config.cpus));
         }
+        let virtio = devices::open(&config.virtio)?;
         let ram = Arc::new(ram::ram(config, host)?);
         let mut init = init_config(config, &ram);
         let parts = if images.is_none() { Some(Parts::new()?) } else { None };
@@ -145,7 +147,7 @@ where
         let vm = Arc::new(vm);
 
         let interrupts = Interrupts::new(vm.clone(), &record)?;
-        let devices = Devices::new(&config.virtio, &vm, &record, ram.memory(), host, &interrupts)?;
+        let devices = Devices::new(virtio, &vm, &record, ram.memory(), host, &interrupts)?;
         let stopper = Stopper::new(event()?);
         let checks = parts
             .map(|parts| parts.checks(interrupts.router(), &record, config.cpus, &stopper))

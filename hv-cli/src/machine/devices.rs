@@ -21,7 +21,9 @@ use crate::config::VirtioConfig;
 use crate::layout;
 use crate::pci::{Ecam, PciBus, PciError, Window, Windows};
 use crate::stats::DeviceStats;
-use crate::virtio::{Counters, Platform, Rng, VirtioDevice, VirtioError, VirtioPci};
+use crate::virtio::{
+    Blk, Counters, DiskError, Platform, Rng, VirtioDevice, VirtioError, VirtioPci,
+};
 
 /// Why the devices can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +31,9 @@ pub enum DevicesError {
     /// They don't fit on the bus.
     #[error(transparent)]
     Pci(#[from] PciError),
+    /// A disk can't be used.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// One of them can't be made.
     #[error(transparent)]
     Virtio(#[from] VirtioError),
@@ -55,23 +60,31 @@ struct Device {
     counters: Arc<Counters>,
 }
 
-/// The devices `config` asks for, in the order of their slots, each with its name.
-fn virtio_devices(config: &VirtioConfig) -> Vec<(String, Box<dyn VirtioDevice>)> {
-    let mut devices: Vec<(String, Box<dyn VirtioDevice>)> = Vec::new();
+/// A virtio device and its name.
+pub(super) type Named = (String, Box<dyn VirtioDevice>);
+
+/// Opens what `config` asks for: the devices in the order of their slots. Nothing of it needs KVM.
+///
+/// # Errors
+/// What can't be had of the host.
+pub(super) fn open(config: &VirtioConfig) -> Result<Vec<Named>, DevicesError> {
+    let mut devices: Vec<Named> = Vec::new();
     if config.rng {
         devices.push(("rng0".to_owned(), Box::new(Rng::new())));
     }
-    devices
+    for (index, disk) in config.disks.iter().enumerate() {
+        devices.push((format!("disk{index}"), Box::new(Blk::open(disk)?)));
+    }
+    Ok(devices)
 }
 
 impl<V: IrqBackend + IoEventBackend + Send + Sync + 'static> Devices<V> {
-    /// The devices of a configuration, each with its thread, which is idle. Without any there is
-    /// nothing.
+    /// Puts these devices on a bus, each with its thread, which is idle. Without any there is nothing.
     ///
     /// # Errors
     /// What can't be had; nothing of it is left.
     pub(super) fn new(
-        config: &VirtioConfig,
+        wanted: Vec<Named>,
         vm: &Arc<V>,
         record: &Record,
         memory: &RamMemory,
@@ -79,7 +92,6 @@ impl<V: IrqBackend + IoEventBackend + Send + Sync + 'static> Devices<V> {
         interrupts: &Interrupts<V>,
     ) -> Result<Self, DevicesError> {
         let mut this = Self { ioeventfds: None, bus: None, devices: Vec::new() };
-        let wanted = virtio_devices(config);
         if wanted.is_empty() {
             return Ok(this);
         }

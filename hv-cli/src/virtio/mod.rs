@@ -25,6 +25,7 @@
 //! At the end of the machine, after its vCPUs, each thread is told to stop and joined. A device must
 //! therefore not block without bound in any of its methods.
 
+mod blk;
 mod config;
 mod counters;
 mod device;
@@ -36,11 +37,13 @@ mod session;
 mod transport;
 mod worker;
 
+pub use blk::{Blk, DiskError};
 pub use config::DeviceConfig;
 pub use counters::{CounterValues, Counters};
 pub use device::{DeviceError, VirtioDevice};
 pub use interrupts::DeviceInterrupts;
 pub use poller::{Interest, Ready};
+use queue::Slice;
 pub use queue::{Buffer, Chain, ChainError, QueueError, Virtqueue};
 pub use rng::Rng;
 pub use session::Session;

@@ -2,7 +2,7 @@
 
 use hv_memory::{RamMemory, WriteLog};
 use virtio_queue::DescriptorChain;
-use vm_memory::bitmap::RefSlice;
+use vm_memory::bitmap::{Bitmap, RefSlice};
 use vm_memory::volatile_memory::VolatileSlice;
 use vm_memory::{ByteValued, GuestAddress, GuestMemory, GuestMemoryBackend, Permissions};
 
@@ -10,7 +10,7 @@ use super::QueueError;
 use crate::virtio::Memory;
 
 /// Guest memory that was looked up. What is written through it is among the dirty pages.
-type Slice<'a> = VolatileSlice<'a, RefSlice<'a, WriteLog>>;
+pub(crate) type Slice<'a> = VolatileSlice<'a, RefSlice<'a, WriteLog>>;
 
 /// What can be wrong with a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -215,6 +215,25 @@ impl Chain {
     /// There is no room for that many.
     pub fn writable_slices(&self, offset: u32, len: usize) -> Result<Vec<Slice<'_>>, QueueError> {
         self.slices(self.writable(), offset, len, Permissions::Write)
+    }
+
+    /// Marks the first `len` bytes of the writable part as written. Only who had the kernel write there
+    /// has to: vm-memory marks what it writes itself.
+    pub(crate) fn mark_written(&self, len: u32) {
+        let mut left = len;
+        for buffer in self.writable() {
+            let part = buffer.len.min(left);
+            if part == 0 {
+                break;
+            }
+            // It is there: the buffers were checked.
+            let found =
+                GuestMemoryBackend::get_slices(&*self.memory, buffer.address, part as usize);
+            for slice in found.flatten() {
+                slice.bitmap().mark_dirty(0, slice.len());
+            }
+            left -= part;
+        }
     }
 
     fn slices(

@@ -18,6 +18,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Counters, DeviceInterrupts, Memory};
+pub(super) use chain::Slice;
 pub use chain::{Buffer, Chain, ChainError};
 
 /// Why a queue can't go on: the driver broke a rule, or the ring is out of reach.
