@@ -71,7 +71,12 @@ impl Running {
 
     /// Waits until the guest has printed `text`.
     pub(crate) fn wait_for(&mut self, text: &str) {
-        while !String::from_utf8_lossy(&self.seen).contains(text) {
+        self.wait_until(&format!("{text:?}"), |seen| String::from_utf8_lossy(seen).contains(text));
+    }
+
+    /// Waits until what the guest has printed is enough.
+    pub(crate) fn wait_until(&mut self, what: &str, enough: impl Fn(&[u8]) -> bool) {
+        while !enough(&self.seen) {
             let left = self.deadline.saturating_duration_since(Instant::now());
             match self.stdout.recv_timeout(left) {
                 Ok(bytes) => self.seen.extend(bytes),
@@ -80,7 +85,7 @@ impl Running {
                     let seen = String::from_utf8_lossy(&self.seen).into_owned();
                     let stderr: Vec<u8> = self.stderr.iter().flatten().collect();
                     let stderr = String::from_utf8_lossy(&stderr).into_owned();
-                    panic!("{text:?} did not come ({error}):\n{seen}\n--- stderr\n{stderr}");
+                    panic!("{what} did not come ({error}):\n{seen}\n--- stderr\n{stderr}");
                 }
             }
         }
@@ -108,6 +113,12 @@ impl Running {
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_raw(self.pid() as i32).unwrap();
         rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// Sends SIGKILL and waits for the end.
+    pub(crate) fn kill(mut self) -> Ran {
+        self.child.kill().unwrap();
+        self.finish()
     }
 
     /// Waits for the end.
