@@ -10,11 +10,13 @@
 mod common;
 mod disk;
 
-use std::fs::{File, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{Image, Running, hv};
+use common::{Image, LINUX_CMDLINE, Ran, Running, artefact, hv};
 use disk::{BATCH, BLOCK, BLOCKS, check, flushed, writer};
 
 fn empty_disk() -> Image {
@@ -82,4 +84,102 @@ fn what_was_flushed_is_there_after_sigkill() {
     }
     eprintln!("generations flushed before each kill: {generations:?}");
     assert!(generations.iter().all(|last| *last > 0), "{generations:?}");
+}
+
+/// A program of the host, which must succeed.
+fn host(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    assert!(output.status.success(), "{program} {args:?}: {}\n{text}", output.status);
+    text
+}
+
+/// An ext4 file system that Linux can have its root on, with the init of the test guest.
+fn linux_root() -> Image {
+    let root = tempfile::tempdir().unwrap();
+    for directory in ["dev", "proc"] {
+        fs::create_dir(root.path().join(directory)).unwrap();
+    }
+    let init = root.path().join("init");
+    fs::copy(artefact("HV_GUEST_INIT"), &init).unwrap();
+    fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
+    let image = Image::new(b"");
+    let root = root.path().to_str().unwrap();
+    host("mke2fs", &["-q", "-F", "-t", "ext4", "-d", root, image.path(), "128M"]);
+    image
+}
+
+/// Linux with its root on this disk; what else is in `args`.
+fn boot(root: &str, args: &[&str]) -> Running {
+    let kernel = artefact("HV_GUEST_VMLINUX");
+    let cmdline = format!("{LINUX_CMDLINE} root=/dev/vda rw init=/init hv.check=disk");
+    let fixed = ["run", "--kernel", kernel.to_str().unwrap(), "--cmdline", &cmdline];
+    Running::start(&[&fixed[..], &["--memory", "128M", "--disk", root], args].concat())
+}
+
+/// The checksum that the guest's init makes of what it writes.
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes.chunks_exact(8).fold(0, |sum, word| {
+        let word = u64::from_le_bytes(word.try_into().unwrap());
+        (sum ^ word).wrapping_mul(0x100_0000_01b3).rotate_left(23)
+    })
+}
+
+fn said(ran: &Ran, what: &str) -> u64 {
+    let line = ran.stdout.lines().find_map(|line| line.trim_end().strip_prefix(what));
+    line.unwrap_or_else(|| panic!("{what:?} is missing: {ran:?}")).parse().unwrap()
+}
+
+#[test]
+fn linux_writes_to_its_ext4_root_and_leaves_it_clean() {
+    let (root, other, stats) = (linux_root(), Image::new(&[0; 8 * 512]), Image::new(b""));
+    let first = format!("{},queues=2,serial=root", root.path());
+    let second = format!("{},readonly", other.path());
+    let args = ["--cpus", "2", "--disk", &second, "--stats-json", stats.path()];
+    let mut linux = boot(&first, &args);
+    linux.wait_for("hv-guest: ready");
+    linux.send("\n");
+    let ran = linux.finish();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(ran.stdout.contains("hv-guest: check disk: ok: 64 MiB written"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("hv-guest: power off"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("[vdb] 8 512-byte logical blocks"), "{}", ran.stdout);
+    let sum = said(&ran, "hv-guest: disk: all written, checksum ");
+    assert_eq!(said(&ran, "hv-guest: disk: all read, checksum "), sum);
+
+    host("e2fsck", &["-f", "-n", root.path()]);
+    let data = Image::new(b"");
+    host("debugfs", &["-R", &format!("dump /data {}", data.path()), root.path()]);
+    let data = fs::read(data.path()).unwrap();
+    assert_eq!((data.len(), checksum(&data)), (64 << 20, sum));
+
+    let stats: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(stats.path()).unwrap()).unwrap();
+    let names = [0, 1].map(|index| &stats["devices"][index]["name"]);
+    assert_eq!(names, ["disk0", "disk1"]);
+    let disk = &stats["devices"][0];
+    assert_eq!((&disk["errors"], &disk["failure"]), (&0.into(), &serde_json::Value::Null));
+    let count = |name: &str| disk[name].as_u64().unwrap();
+    assert!(count("bytes-from-guest") >= 64 << 20 && count("bytes-to-guest") >= 64 << 20);
+    assert_eq!(count("notification-exits"), 0, "doorbells are ioeventfds");
+    // Each queue has its vector.
+    for queue in ["virtio0-req.0", "virtio0-req.1"] {
+        let line = ran.stdout.lines().find(|line| line.contains(queue));
+        assert!(line.is_some_and(|line| line.contains("PCI-MSI")), "{queue}: {}", ran.stdout);
+    }
+}
+
+#[test]
+fn linux_finds_its_root_whole_after_sigkill() {
+    let root = linux_root();
+    let mut linux = boot(root.path(), &[]);
+    linux.wait_for("hv-guest: disk: 16 MiB written");
+    let ran = linux.kill();
+    assert_eq!(ran.code, None, "it was killed: {ran:?}");
+    drop(contents(&root)); // no machine has it any more
+    // Replays the journal and repairs nothing else by itself: what is left to repair is an error.
+    let replayed = host("e2fsck", &["-E", "journal_only", "-p", root.path()]);
+    assert!(replayed.contains("recovering journal"), "{replayed}");
+    host("e2fsck", &["-f", "-n", root.path()]);
 }

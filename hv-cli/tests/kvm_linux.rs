@@ -4,17 +4,12 @@
 
 mod common;
 
-use common::{Running, artefact};
-
-/// What a Linux guest is told so that it runs on every host this is tested on: some KVMs run the
-/// guest's kernel in software and lack these instructions.
-const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 mitigations=off noxsave \
-    clearcpuid=cx16,smap,smep,umip,popcnt,movbe,fsgsbase,invpcid,pcid,rdrand,rdseed,pku";
+use common::{LINUX_CMDLINE, Running, artefact};
 
 fn boot(kernel: &str, cmdline: &str, args: &[&str]) -> Running {
     let kernel = artefact(kernel);
     let initrd = artefact("HV_GUEST_INITRD");
-    let cmdline = format!("{CMDLINE} {cmdline}");
+    let cmdline = format!("{LINUX_CMDLINE} {cmdline}");
     let fixed = [
         "run",
         "--kernel",

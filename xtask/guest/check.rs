@@ -3,14 +3,15 @@
 
 use core::ffi::CStr;
 
+use super::disk::disk;
 use super::sys::{self, O_RDONLY, nr};
 use super::{Console, decimal};
 
 /// What a check found, or did when it failed and with which errno (0: without one).
-type Found = Result<&'static [u8], (&'static [u8], usize)>;
+pub type Found = Result<&'static [u8], (&'static [u8], usize)>;
 
 /// All checks there are.
-const CHECKS: &[(&[u8], fn() -> Found)] = &[(b"rng", rng)];
+const CHECKS: &[(&[u8], fn() -> Found)] = &[(b"rng", rng), (b"disk", disk)];
 
 /// Makes the checks with these names, separated by commas, and shows the interrupts of virtio.
 pub fn run(console: &Console, names: &[u8]) {

@@ -28,6 +28,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod check;
+mod disk;
 mod sys;
 
 use core::arch::global_asm;

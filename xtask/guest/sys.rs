@@ -9,10 +9,13 @@ pub mod nr {
     pub const WRITE: usize = 1;
     pub const OPEN: usize = 2;
     pub const CLOSE: usize = 3;
+    pub const LSEEK: usize = 8;
     pub const IOCTL: usize = 16;
     pub const GETPID: usize = 39;
     pub const EXIT: usize = 60;
     pub const UNAME: usize = 63;
+    pub const FSYNC: usize = 74;
+    pub const SYNC: usize = 162;
     pub const MOUNT: usize = 165;
     pub const REBOOT: usize = 169;
     pub const SCHED_GETAFFINITY: usize = 204;
@@ -22,10 +25,14 @@ pub const EINTR: usize = 4;
 const EBUSY: usize = 16;
 pub const O_RDONLY: usize = 0;
 pub const O_RDWR: usize = 2;
+pub const O_CREAT: usize = 0o100;
 pub const O_NOCTTY: usize = 0o400;
+pub const O_TRUNC: usize = 0o1000;
+pub const O_DIRECT: usize = 0o40000;
 
+/// A file that is made may be read by all and written by its owner.
 pub fn open(path: &CStr, flags: usize) -> Result<usize, usize> {
-    call(nr::OPEN, [path.as_ptr() as usize, flags, 0, 0, 0])
+    call(nr::OPEN, [path.as_ptr() as usize, flags, 0o644, 0, 0])
 }
 
 pub fn read(fd: usize, buffer: &mut [u8]) -> Result<usize, usize> {

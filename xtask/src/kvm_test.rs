@@ -29,8 +29,8 @@ pub(crate) enum Error {
     Doctor,
     #[error(transparent)]
     Guest(#[from] guest::Error),
-    #[error("the guest is debugged with gdb, and it does not run here: {0}")]
-    Gdb(#[from] debian::Error),
+    #[error("tests run {program}, and it does not run here: {source}")]
+    Tool { program: &'static str, source: debian::Error },
     #[error(transparent)]
     Workspace(#[from] workspace::Error),
     #[error(transparent)]
@@ -85,13 +85,24 @@ pub(crate) fn check_node(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Sees to it that gdb is there, which the tests of the GDB server run.
-fn ensure_gdb() -> Result<(), Error> {
-    let version = Command::new("gdb").arg("--version").output();
-    if version.is_ok_and(|output| output.status.success()) {
-        return Ok(());
+/// Programs that tests run, what makes them tell their version, and the packages they are in: gdb
+/// debugs guests, and the others make and check the file systems on their disks.
+const TOOLS: [(&str, &str, &str); 4] = [
+    ("gdb", "--version", "gdb"),
+    ("mke2fs", "-V", "e2fsprogs"),
+    ("e2fsck", "-V", "e2fsprogs"),
+    ("debugfs", "-V", "e2fsprogs"),
+];
+
+/// Sees to it that these are there.
+fn ensure_tools() -> Result<(), Error> {
+    for (program, version, package) in TOOLS {
+        let output = Command::new(program).arg(version).output();
+        if !output.is_ok_and(|output| output.status.success()) {
+            debian::ensure("kvm-test", &[package], true)
+                .map_err(|source| Error::Tool { program, source })?;
+        }
     }
-    debian::ensure("kvm-test", &["gdb"], true)?;
     Ok(())
 }
 
@@ -107,7 +118,7 @@ pub(crate) fn run(options: &Options) -> Result<Tally, Error> {
         return Err(Error::Doctor);
     }
 
-    ensure_gdb()?;
+    ensure_tools()?;
     let guest = guest::build(true)?;
     let targets = workspace::targets(&metadata)?;
     let targets: Vec<&Target> = targets.iter().filter(|target| target.needs_kvm).collect();

@@ -4,7 +4,7 @@
 //! Uncompressed, because the guest's kernel may run in an interpreter.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use super::Error;
@@ -16,6 +16,7 @@ use crate::process;
 pub(crate) const INIT: &[(&str, &str)] = &[
     ("init.rs", include_str!("../../guest/init.rs")),
     ("check.rs", include_str!("../../guest/check.rs")),
+    ("disk.rs", include_str!("../../guest/disk.rs")),
     ("sys.rs", include_str!("../../guest/sys.rs")),
 ];
 
@@ -38,10 +39,18 @@ const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;
 const CHARACTER_DEVICE: u32 = 0o020_600;
 
-/// Writes the initramfs to `path`; `scratch` is for what is needed on the way.
-pub(crate) fn make(scratch: &Path, path: &Path) -> Result<(), Error> {
-    let init = compile(scratch)?;
-    let init = io("reading", &init, fs::read(&init))?;
+/// The init alone, in the directory of the initramfs.
+pub(crate) const BINARY: &str = "init";
+
+/// The initramfs.
+pub(crate) const ARCHIVE: &str = "initramfs.cpio";
+
+/// Writes the initramfs, and the init alone, into the directory `out`; `scratch` is for what is needed
+/// on the way.
+pub(crate) fn make(scratch: &Path, out: &Path) -> Result<(), Error> {
+    let path = out.join(BINARY);
+    compile(scratch, &path)?;
+    let init = io("reading", &path, fs::read(&path))?;
     let mut archive = Archive::default();
     archive.add("dev", DIRECTORY, (0, 0), &[])?;
     archive.add("proc", DIRECTORY, (0, 0), &[])?;
@@ -49,21 +58,20 @@ pub(crate) fn make(scratch: &Path, path: &Path) -> Result<(), Error> {
     archive.add("dev/console", CHARACTER_DEVICE, (5, 1), &[])?;
     archive.add("init", EXECUTABLE, (0, 0), &init)?;
     let bytes = archive.finish()?;
-    Ok(io("writing", path, fs::write(path, bytes))?)
+    let path = out.join(ARCHIVE);
+    Ok(io("writing", &path, fs::write(&path, bytes))?)
 }
 
 /// Compiles the init.
-fn compile(scratch: &Path) -> Result<PathBuf, Error> {
-    let binary = scratch.join("init");
+fn compile(scratch: &Path, binary: &Path) -> Result<(), Error> {
     for (name, text) in INIT {
         let source = scratch.join(name);
         io("writing", &source, fs::write(&source, text))?;
     }
     let mut rustc = Command::new("rustc");
-    rustc.args(RUSTC).arg("-o").arg(&binary).arg(scratch.join("init.rs"));
+    rustc.args(RUSTC).arg("-o").arg(binary).arg(scratch.join("init.rs"));
     // Flags for the host's programs do not fit one without libc.
-    process::run(rustc.env_remove("RUSTFLAGS"))?;
-    Ok(binary)
+    Ok(process::run(rustc.env_remove("RUSTFLAGS"))?)
 }
 
 /// A cpio archive being written.
@@ -175,11 +183,12 @@ mod tests {
     #[test]
     fn the_init_is_a_static_executable_for_the_guest() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("initramfs.cpio");
-        make(dir.path(), &path).unwrap();
-        let init = read(&fs::read(&path).unwrap()).into_iter().find(|e| e.name == "init").unwrap();
+        make(dir.path(), dir.path()).unwrap();
+        let archive = fs::read(dir.path().join(ARCHIVE)).unwrap();
+        let init = read(&archive).into_iter().find(|e| e.name == "init").unwrap();
         // ELF64, little endian, ET_EXEC, x86-64: System V ABI, "ELF header".
         let elf = init.data;
+        assert_eq!(elf, fs::read(dir.path().join(BINARY)).unwrap());
         assert_eq!(&elf[..6], b"\x7fELF\x02\x01");
         assert_eq!(elf[16..20], [2, 0, 62, 0]);
         let half = |at: usize| usize::from(u16::from_le_bytes([elf[at], elf[at + 1]]));

@@ -6,7 +6,7 @@ mod kernel;
 mod packages;
 mod progress;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use thiserror::Error;
 
@@ -14,8 +14,6 @@ use crate::process;
 
 /// Changes when the way of building changes: old results are then not taken for new ones.
 const BUILDER: &str = "1";
-
-const INITRAMFS: &str = "initramfs.cpio";
 
 /// Why there is no guest.
 #[derive(Debug, Error)]
@@ -45,6 +43,8 @@ pub(crate) enum Artefact {
     VmlinuxUnpatched,
     /// The initramfs with our init.
     Initrd,
+    /// The init alone, for a root file system on a disk.
+    Init,
 }
 
 /// The guest, built.
@@ -61,17 +61,19 @@ impl Guest {
             Artefact::Vmlinux => self.kernel.join(kernel::VMLINUX),
             Artefact::Bzimage => self.kernel.join(kernel::BZIMAGE),
             Artefact::VmlinuxUnpatched => self.kernel.join(kernel::VMLINUX_UNPATCHED),
-            Artefact::Initrd => self.initramfs.join(INITRAMFS),
+            Artefact::Initrd => self.initramfs.join(initramfs::ARCHIVE),
+            Artefact::Init => self.initramfs.join(initramfs::BINARY),
         }
     }
 
     /// How tests find it.
-    pub(crate) fn environment(&self) -> [(&'static str, PathBuf); 4] {
+    pub(crate) fn environment(&self) -> [(&'static str, PathBuf); 5] {
         [
             ("HV_GUEST_VMLINUX", self.path(Artefact::Vmlinux)),
             ("HV_GUEST_BZIMAGE", self.path(Artefact::Bzimage)),
             ("HV_GUEST_VMLINUX_UNPATCHED", self.path(Artefact::VmlinuxUnpatched)),
             ("HV_GUEST_INITRD", self.path(Artefact::Initrd)),
+            ("HV_GUEST_INIT", self.path(Artefact::Init)),
         ]
     }
 }
@@ -93,9 +95,8 @@ pub(crate) fn build(install: bool) -> Result<Guest, Error> {
     inputs.extend(initramfs::INIT.iter().flat_map(|(name, text)| [name, text]));
     inputs.extend(initramfs::RUSTC);
     let name = cache::name("initramfs", &inputs);
-    let initramfs = cache.get_or_make(&name, &[INITRAMFS], |scratch, out: &Path| {
-        initramfs::make(scratch, &out.join(INITRAMFS))
-    })?;
+    let files = [initramfs::ARCHIVE, initramfs::BINARY];
+    let initramfs = cache.get_or_make(&name, &files, initramfs::make)?;
     Ok(Guest { kernel, initramfs })
 }
 
