@@ -16,7 +16,7 @@ use crate::exit_code::ExitCode;
 use crate::gdb::GdbAddress;
 use crate::isolation::SeccompMode;
 use crate::loader::Format;
-use crate::{doctor, probe, run};
+use crate::{ctl, doctor, probe, run};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -27,9 +27,15 @@ Exit codes:
   8   the guest failed: a failed check, or a crash it reported
   10  triple fault
   12  KVM could not go on: internal error, failed entry, unknown exit
-  14  ended by Ctrl-A x, by a debugger, or by a signal while the guest ran
+  14  ended by Ctrl-A x, by a debugger, by the API, or by a signal while the guest ran
   16  a thread of hv made a system call that its seccomp filter does not allow
   odd the guest wrote v to isa-debug-exit: (v << 1) | 1";
+
+const CTL_EXIT_CODES: &str = "\
+Exit codes:
+  0   done
+  2   the command line can't be used, or the machine says that what it asks for can't be
+  4   the machine was not reached, did not answer or can't do it now";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,6 +50,8 @@ Examples:
   hv run --record run.jsonl               the same run again without KVM: for replay in tests
   hv run --kernel vmlinux --gdb unix:vm.gdb --gdb-wait
                                           then: gdb vmlinux -ex 'target remote vm.gdb'
+  hv run --kernel vmlinux --api-socket vm.sock
+                                          then: hv ctl --socket vm.sock pause
   hv doctor                               why VMs can't run here, and what to do
 
 In a VM: Ctrl-A x ends it, Ctrl-A h shows the keys.";
@@ -70,6 +78,9 @@ enum Command {
     Probe(ProbeArgs),
     /// Say whether VMs can run here, and if not, why and what to do
     Doctor(ProbeArgs),
+    /// Control a machine that runs with --api-socket
+    #[command(after_help = CTL_EXIT_CODES)]
+    Ctl(CtlArgs),
 }
 
 #[derive(Debug, Args)]
@@ -158,6 +169,11 @@ struct RunArgs {
     #[arg(long, value_enum, default_value_t)]
     seccomp: SeccompMode,
 
+    /// Let programs and `hv ctl` control the machine: JSON over HTTP on a unix socket. The built-in
+    /// guest has no time limit with it
+    #[arg(long, value_name = "PATH", conflicts_with = "record")]
+    api_socket: Option<PathBuf>,
+
     #[command(flatten)]
     kvm: KvmArg,
 }
@@ -184,6 +200,20 @@ impl VirtioArgs {
     fn into_config(self) -> VirtioConfig {
         VirtioConfig { rng: self.rng, disks: self.disks }
     }
+}
+
+#[derive(Debug, Args)]
+struct CtlArgs {
+    /// The socket of the machine: the path of its --api-socket
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+
+    /// The answer as JSON
+    #[arg(long, global = true)]
+    json: bool,
+
+    #[command(subcommand)]
+    request: ctl::Request,
 }
 
 #[derive(Debug, Args)]
@@ -232,6 +262,7 @@ impl RunArgs {
             stats_json: self.stats_json,
             gdb: self.gdb.map(|address| GdbConfig { address, wait: self.gdb_wait }),
             seccomp: self.seccomp,
+            api_socket: self.api_socket,
             kernel,
         }
     }
@@ -261,6 +292,12 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Run(args) => run::run(&args.into_config()),
         Command::Probe(args) => {
             finish(probe::run(&args.kvm.device, args.json, &mut anstream::stdout().lock()))
+        }
+        Command::Ctl(CtlArgs { socket, json, request }) => {
+            match ctl::run(&socket, request, json, &mut anstream::stdout().lock()) {
+                Ok(code) => code as u8,
+                Err(error) => run::fail(error.exit_code(), &error),
+            }
         }
         Command::Doctor(args) => {
             finish(doctor::run(&args.kvm.device, args.json, &mut anstream::stdout().lock()))

@@ -49,6 +49,8 @@ pub struct RunConfig {
     pub gdb: Option<GdbConfig>,
     /// How the process is isolated from its host.
     pub seccomp: SeccompMode,
+    /// Where the socket of the API is.
+    pub api_socket: Option<PathBuf>,
 }
 
 /// The virtio devices of a machine.

@@ -75,6 +75,8 @@ pub enum StopReason {
     UserQuit,
     /// A debugger killed it.
     Killed,
+    /// A client of the API ended it.
+    Requested,
     /// This signal ended it.
     Signal(i32),
 }
@@ -97,7 +99,7 @@ pub enum ExitCode {
     TripleFault = 10,
     /// KVM could not go on: an internal error, a failed entry, an unknown exit.
     Internal = 12,
-    /// Ended from outside: Ctrl-A x, a debugger's kill, or a signal.
+    /// Ended from outside: Ctrl-A x, a debugger's kill, a client of the API, or a signal.
     Stopped = 14,
     /// A thread of `hv` made a system call that its seccomp filter does not allow.
     Isolation = 16,
@@ -120,7 +122,10 @@ impl StopReason {
             StopReason::Failed { .. }
             | StopReason::LostMemory { .. }
             | StopReason::ThreadLost { .. } => ExitCode::Vmm,
-            StopReason::UserQuit | StopReason::Killed | StopReason::Signal(_) => ExitCode::Stopped,
+            StopReason::UserQuit
+            | StopReason::Killed
+            | StopReason::Requested
+            | StopReason::Signal(_) => ExitCode::Stopped,
         };
         code as u8
     }
@@ -162,6 +167,7 @@ impl std::fmt::Display for StopReason {
             }
             StopReason::UserQuit => f.write_str("ended with Ctrl-A x"),
             StopReason::Killed => f.write_str("killed by the debugger"),
+            StopReason::Requested => f.write_str("ended by a client of the API socket"),
             StopReason::Signal(number) => match signal_name(*number) {
                 Some(name) => write!(f, "ended by {name}"),
                 None => write!(f, "ended by signal {number}"),

@@ -5,10 +5,12 @@
 //! over [`hv_core::Hypervisor`], so it is tested without hardware.
 
 pub mod acpi;
+pub mod api;
 pub mod cli;
 pub mod complete;
 pub mod config;
 pub mod console;
+pub mod ctl;
 mod device;
 pub mod devices;
 pub mod doctor;
@@ -25,6 +27,7 @@ pub mod output;
 pub mod pci;
 pub mod probe;
 pub mod run;
+pub mod socket;
 pub mod stats;
 pub mod terminal;
 pub mod virtio;

@@ -8,6 +8,7 @@ use hv_core::init::Consequence;
 use hv_core::layer::Interceptor;
 use hv_core::{DeviceChoice, Hypervisor, OpenError, Vm};
 
+use crate::api::{self, Limits};
 use crate::config::RunConfig;
 use crate::console::{Console, Signals};
 use crate::device;
@@ -19,7 +20,11 @@ use crate::machine::host::HostFacts;
 use crate::machine::{Machine, Outcome};
 use crate::observe::Observers;
 use crate::output;
+use crate::socket::UnixSocket;
 use crate::stats::Stats;
+
+/// Who may wait to be accepted by the API.
+const BACKLOG: i32 = 16;
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const WARNING: Style = AnsiColor::Yellow.on_default().bold();
@@ -98,6 +103,15 @@ where
         Ok(sandbox) => sandbox,
         Err(error) => return fail(ExitCode::Vmm, &error),
     };
+    let api_socket = match config
+        .api_socket
+        .as_deref()
+        .map(|path| UnixSocket::bind(path, BACKLOG))
+        .transpose()
+    {
+        Ok(socket) => socket,
+        Err(error) => return fail(ExitCode::Usage, &format_args!("--api-socket: {error}")),
+    };
     let machine = match Machine::build(open, config, host) {
         Ok(machine) => machine,
         Err(error) if error.is_usage() => return fail(ExitCode::Usage, &error),
@@ -108,6 +122,25 @@ where
             say(format_args!("hv: {WARNING}warning:{WARNING:#} {consequence}"));
         }
     }
+    let mut api = match (api_socket, machine.control()) {
+        (Some(socket), Some(control)) => {
+            let path = output::printable(socket.path());
+            match api::Server::start(socket, control, machine.stopper().clone(), Limits::default())
+            {
+                Ok(server) => {
+                    say(format_args!("hv: the API is at {path}: hv ctl --socket {path} state"));
+                    Some(server)
+                }
+                Err(error) => {
+                    return fail(
+                        ExitCode::Vmm,
+                        &format_args!("can't start a thread for the API: {error}"),
+                    );
+                }
+            }
+        }
+        _ => None,
+    };
     let server = match listener.zip(machine.debugger()).map(|(listener, debugger)| {
         let address = listener.address().clone();
         Server::start(listener, debugger.clone()).map(|server| (server, address))
@@ -128,9 +161,18 @@ where
     let serve = |console: &Console| {
         // Now every thread is there, with rules of its own, and every file is open.
         sandbox.enter_or_end();
-        console.serve(signals, limit, StopReason::ChecksFailed)
+        let result = console.serve(signals, limit, StopReason::ChecksFailed);
+        // The API goes before the machine that it has shares of, and only when that has stopped.
+        console.stopper.stop(StopReason::UserQuit);
+        if let Some(api) = api.take() {
+            api.join();
+        }
+        result
     };
     let result = machine.run(serve);
+    if let Some(api) = api {
+        api.join();
+    }
     if let Some(server) = server {
         server.join();
     }
@@ -176,7 +218,10 @@ fn report(outcome: &Outcome) {
     }
     let style = match outcome.reason {
         StopReason::PowerOff | StopReason::Reset | StopReason::DebugExit { .. } => Style::new(),
-        StopReason::UserQuit | StopReason::Killed | StopReason::Signal(_) => WARNING,
+        StopReason::UserQuit
+        | StopReason::Killed
+        | StopReason::Requested
+        | StopReason::Signal(_) => WARNING,
         _ => ERROR,
     };
     say(format_args!("hv: {style}{}{style:#}; {}", outcome.reason, outcome.summary()));

@@ -1,5 +1,7 @@
-//! What a run was counted to have done: the file of `--stats-json`, and lines for people.
+//! What a run was counted to have done: the file of `--stats-json`, the API's answer while it runs, and
+//! lines for people.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -54,32 +56,32 @@ impl fmt::Display for DeviceStats {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Stats<'a> {
-    /// How it ended.
-    reason: String,
+    /// How it ended; nothing while it runs.
+    pub(crate) reason: Option<String>,
     /// Exits by kind.
-    exits: BTreeMap<&'static str, u64>,
+    pub(crate) exits: BTreeMap<&'static str, u64>,
     /// Accesses to ports and addresses where there is nothing.
-    unclaimed: u64,
+    pub(crate) unclaimed: u64,
     /// Instructions that were completed for the guest.
-    completed: u64,
+    pub(crate) completed: u64,
     /// Bytes the guest sent to the serial port that could not be written.
-    lost_output: u64,
+    pub(crate) lost_output: u64,
     /// How often the guest put a PCI BAR where none can be.
-    refused_bars: u64,
+    pub(crate) refused_bars: u64,
     /// The virtio devices.
-    devices: &'a [DeviceStats],
+    pub(crate) devices: Cow<'a, [DeviceStats]>,
 }
 
 impl<'a> From<&'a Outcome> for Stats<'a> {
     fn from(outcome: &'a Outcome) -> Self {
         Self {
-            reason: outcome.reason.to_string(),
+            reason: Some(outcome.reason.to_string()),
             exits: outcome.exits.iter().collect(),
             unclaimed: outcome.unclaimed,
             completed: outcome.completed.total(),
             lost_output: outcome.lost_output,
             refused_bars: outcome.refused_bars,
-            devices: &outcome.devices,
+            devices: Cow::Borrowed(&outcome.devices),
         }
     }
 }

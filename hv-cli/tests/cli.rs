@@ -283,3 +283,47 @@ fn the_socket_of_a_machine_that_could_not_be_made_is_gone() {
     refused(&["--gdb", &format!("unix:{}", path.display())], 4, &["/no/such/kvm"]);
     assert!(!path.exists());
 }
+
+#[test]
+fn the_api_socket_takes_the_place_of_nothing_else() {
+    let file = Image::new(b"precious");
+    let says = ["--api-socket: ", file.path(), "no socket"];
+    refused_in_one_line(&["--api-socket", file.path()], 2, &says);
+    assert_eq!(std::fs::read(file.path()).unwrap(), b"precious");
+    let nowhere = ["/no/such/api", "ENOENT", "directory must exist"];
+    refused_in_one_line(&["--api-socket", "/no/such/api"], 2, &nowhere);
+    refused(&["--api-socket", "api", "--record", "run"], 2, &["--record"]);
+
+    let dir = tempfile::TempDir::new().unwrap();
+    let path = dir.path().join("api");
+    refused(&["--api-socket", path.to_str().unwrap()], 4, &["/no/such/kvm"]);
+    assert!(!path.exists());
+    // One where somebody listens, even if it is busy.
+    let _other = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let says = ["--api-socket: another process listens on", path.to_str().unwrap()];
+    refused_in_one_line(&["--api-socket", path.to_str().unwrap()], 2, &says);
+}
+
+#[test]
+fn ctl_says_what_to_do_when_nobody_is_there() {
+    let ran = hv(&["ctl", "--socket", "/no/such/vm.sock", "state"]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (Some(4), ""), "{ran:?}");
+    assert_eq!(ran.stderr.lines().count(), 1, "{ran:?}");
+    for text in ["hv: error: --socket '/no/such/vm.sock': ENOENT", "--api-socket"] {
+        assert!(ran.stderr.contains(text), "{ran:?}");
+    }
+    for args in [
+        &["ctl"][..],
+        &["ctl", "state"],
+        &["ctl", "--socket", "x"],
+        &["ctl", "--socket", "x", "fly"],
+        &["ctl", "--socket", "x", "registers", "-1"],
+        &["ctl", "--socket", "x", "registers", "0", "1"],
+    ] {
+        assert_eq!(hv(args).code, Some(2), "{args:?}");
+    }
+    let help = hv(&["ctl", "--help"]).stdout;
+    for text in ["power-button", "registers", "--json", "Exit codes:"] {
+        assert!(help.contains(text), "{text:?} is missing:\n{help}");
+    }
+}

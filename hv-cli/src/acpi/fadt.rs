@@ -23,8 +23,7 @@ pub(super) fn fadt(facs: u64, dsdt: u64) -> FADT {
         .dsdt_64(dsdt)
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
-        // No power or sleep button, and the RTC can't wake anything.
-        .flag(Flags::PwrButton)
+        // No sleep button, and the RTC can't wake anything. The power button is a fixed one.
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc)
         .flag(Flags::ResetRegSup);

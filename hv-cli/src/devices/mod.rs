@@ -12,7 +12,7 @@ mod testdev;
 
 pub use debug_exit::DebugExit;
 pub use i8042::I8042;
-pub use power::{PowerControl, ResetPort};
+pub use power::{Button, PowerControl, ResetPort};
 pub use rtc::Rtc;
 pub use serial::Com1;
 pub use testdev::{IrqLines, Latch, PageRemap, Scratch, SetIrq};

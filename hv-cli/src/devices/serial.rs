@@ -6,6 +6,7 @@
 use std::convert::Infallible;
 use std::io::Write;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
@@ -40,13 +41,13 @@ impl SerialEvents for Drained {
 /// The serial port.
 pub struct Com1<W: Write> {
     serial: Serial<Irq, Drained, W>,
-    lost: u64,
+    lost: Arc<AtomicU64>,
 }
 
 impl<W: Write> Com1<W> {
     /// A port that raises `irq`, sends to `out`, and signals `drained` when all input was read.
     pub fn new(irq: Arc<dyn EdgeIrq>, drained: Event, out: W) -> Self {
-        Self { serial: Serial::with_events(Irq(irq), Drained(drained), out), lost: 0 }
+        Self { serial: Serial::with_events(Irq(irq), Drained(drained), out), lost: Arc::default() }
     }
 
     /// Offers input; returns how many bytes the FIFO took.
@@ -55,9 +56,10 @@ impl<W: Write> Com1<W> {
         self.serial.enqueue_raw_bytes(bytes).unwrap_or_default()
     }
 
-    /// Bytes the guest sent that the writer refused.
-    pub fn lost(&self) -> u64 {
-        self.lost
+    /// Bytes the guest sent that the writer refused. Others may look at them while the port waits for its
+    /// writer.
+    pub fn lost(&self) -> Arc<AtomicU64> {
+        self.lost.clone()
     }
 }
 
@@ -72,7 +74,7 @@ impl<W: Write + Send> Device for Com1<W> {
     fn write(&mut self, offset: u64, data: &[u8]) {
         for (byte, register) in data.iter().zip(offset..) {
             if self.serial.write(register as u8, *byte).is_err() {
-                self.lost += 1;
+                self.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
@@ -82,7 +84,7 @@ impl<W: Write + Send> Device for Com1<W> {
 mod tests {
     use super::*;
     use std::io;
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::AtomicU32;
 
     #[derive(Default)]
     struct Line(AtomicU32);
@@ -110,7 +112,7 @@ mod tests {
             com1.write(DATA, &[*byte]);
         }
         assert_eq!(com1.serial.writer(), b"R\n");
-        assert_eq!(com1.lost(), 0);
+        assert_eq!(com1.lost().load(Ordering::Relaxed), 0);
     }
 
     #[test]
@@ -152,6 +154,6 @@ mod tests {
         let (mut com1, _, _) = port(Closed);
         com1.write(DATA, b"a");
         com1.write(DATA, b"b");
-        assert_eq!(com1.lost(), 2);
+        assert_eq!(com1.lost().load(Ordering::Relaxed), 2);
     }
 }

@@ -7,9 +7,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::output::printable;
-
-/// The longest path of a unix socket (`sun_path` without its NUL).
-const MAX_PATH: usize = 107;
+use crate::socket::MAX_PATH;
 
 /// Where the GDB server listens.
 #[derive(Debug, Clone, PartialEq, Eq)]

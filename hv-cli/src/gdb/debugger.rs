@@ -3,6 +3,8 @@
 //! A vCPU that stops is parked: its thread gives it away and waits, and whoever serves the debugger
 //! works on it meanwhile. When one stops, all do; the debugger is told when the last one is parked.
 //!
+//! The machine's control ([`hold`]) parks vCPUs as well. A vCPU runs if neither a debugger nor a hold keeps it.
+//!
 //! There is one lock, for all of this. Kicks are sent under it; the machine is never stopped under
 //! it, because that wakes the parked threads, which need it.
 
@@ -82,6 +84,10 @@ struct Slot<V: Vcpu> {
     vcpu: Option<V>,
     /// What its thread is told to do.
     action: Option<Action>,
+    /// What it does, or did when it was last told.
+    doing: Action,
+    /// How many want it parked to look at it.
+    looks: u32,
     /// What KVM was last told of breakpoints and steps.
     debug: kvm_guest_debug,
 }
@@ -100,6 +106,10 @@ struct State<V: Vcpu> {
     attached: bool,
     /// The guest waits for a debugger to let it go for the first time.
     held: bool,
+    /// The machine is paused: no vCPU leaves, whatever a debugger says.
+    paused: bool,
+    /// How many are about to pause it.
+    pausing: u32,
     reports: VecDeque<Report>,
     breakpoints: Breakpoints,
 }
@@ -108,6 +118,8 @@ struct Shared<V: Vcpu> {
     state: Mutex<State<V>>,
     /// Parked threads wait for it.
     released: Condvar,
+    /// Who wants them parked waits for it.
+    arrived: Condvar,
     /// Signalled when the last vCPU is parked.
     parked: Event,
     stopper: Stopper,
@@ -140,6 +152,7 @@ impl<V: Vcpu> VcpuKick for Waker<V> {
     fn kick(&self) -> Result<(), Error> {
         let _state = self.0.state();
         self.0.0.released.notify_all();
+        self.0.0.arrived.notify_all();
         Ok(())
     }
 }
@@ -155,19 +168,28 @@ impl<V: Vcpu> Debugger<V> {
         stopper: Stopper,
         setup: Setup,
     ) -> io::Result<Self> {
-        let slot =
-            |kick| Slot { kick, vcpu: None, action: None, debug: kvm_guest_debug::default() };
+        let slot = |kick| Slot {
+            kick,
+            vcpu: None,
+            action: None,
+            doing: Action::Continue,
+            looks: 0,
+            debug: kvm_guest_debug::default(),
+        };
         let state = State {
             slots: kicks.into_iter().map(slot).collect(),
             stopping: setup.wait,
             attached: false,
             held: setup.wait,
+            paused: false,
+            pausing: 0,
             reports: VecDeque::new(),
             breakpoints: Breakpoints::default(),
         };
         Ok(Self(Arc::new(Shared {
             state: Mutex::new(state),
             released: Condvar::new(),
+            arrived: Condvar::new(),
             parked: Event::new()?,
             stopper,
             memory,
@@ -188,10 +210,11 @@ impl<V: Vcpu> Debugger<V> {
 
 /// For the thread of a vCPU.
 impl<V: Vcpu> Debugger<V> {
-    /// Whether vCPUs are to park. To be asked when a run was interrupted.
+    /// Whether this vCPU is to park. To be asked when a run was interrupted.
     #[must_use]
-    pub fn is_stopping(&self) -> bool {
-        self.state().stopping
+    pub fn is_stopping(&self, vcpu: u32) -> bool {
+        let state = self.state();
+        state.stopping || state.is_held(vcpu as usize)
     }
 
     /// Whether a debugger is there to look at a vCPU that can't go on.
@@ -204,8 +227,10 @@ impl<V: Vcpu> Debugger<V> {
     pub fn park(&self, vcpu: V, why: Option<Why>) -> (V, Action) {
         let id = vcpu.id() as usize;
         let mut state = self.state();
+        let debugged = state.stopping || why.is_some();
         let Some(slot) = state.slots.get_mut(id) else { return (vcpu, Action::End) };
-        slot.action = None;
+        // What parks for the machine's control alone goes on with what it was doing.
+        slot.action = if debugged { None } else { Some(slot.doing) };
         slot.vcpu = Some(vcpu);
         if let Some(why) = why {
             state.reports.push_back(Report { vcpu: id, why });
@@ -214,14 +239,17 @@ impl<V: Vcpu> Debugger<V> {
         if state.is_stopped() {
             self.0.parked.signal();
         }
+        self.0.arrived.notify_all();
         loop {
             let stopped = self.0.stopper.is_stopped();
+            let held = state.is_held(id);
             if let Some(slot) = state.slots.get_mut(id)
-                && (stopped || slot.action.is_some())
+                && (stopped || (slot.action.is_some() && !held))
                 && let Some(vcpu) = slot.vcpu.take()
             {
-                let action = slot.action.take().filter(|_| !stopped);
-                return (vcpu, action.unwrap_or(Action::End));
+                let action = slot.action.take().filter(|_| !stopped).unwrap_or(Action::End);
+                slot.doing = action;
+                return (vcpu, action);
             }
             state = self.0.released.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -299,11 +327,22 @@ impl<V: Vcpu> State<V> {
         self.slots.iter().all(Slot::is_parked)
     }
 
+    /// Whether the machine's control keeps this vCPU.
+    fn is_held(&self, id: usize) -> bool {
+        self.paused || self.pausing > 0 || self.slots.get(id).is_some_and(|slot| slot.looks > 0)
+    }
+
     fn stop(&mut self) {
         self.stopping = true;
-        for slot in self.slots.iter().filter(|slot| !slot.is_parked()) {
-            // A vCPU whose thread is gone needs no kick.
-            let _ = slot.kick.kick();
+        let all_held = self.paused || self.pausing > 0;
+        for slot in self.slots.iter_mut().filter(|slot| !slot.is_parked()) {
+            if slot.vcpu.is_some() && (all_held || slot.looks > 0) {
+                // It was let go but has not left, and does not now.
+                slot.action = None;
+            } else {
+                // A vCPU whose thread is gone needs no kick.
+                let _ = slot.kick.kick();
+            }
         }
     }
 
@@ -453,5 +492,8 @@ impl<V: Vcpu> Debugger<V> {
     }
 }
 
+mod hold;
 #[cfg(test)]
 mod tests;
+
+pub use hold::HoldError;

@@ -1,8 +1,9 @@
 //! A GDB server: `hv run --gdb`.
 //!
 //! Each vCPU is a thread; when one stops, all do. The protocol is gdbstub's; what happens to the
-//! machine is decided by [`Debugger`], which the vCPU threads share with the server's thread. Without
-//! `--gdb` there is neither, and the run loop is the same: it asks at exits that are rare anyway.
+//! machine is decided by [`Debugger`], which the vCPU threads share with the server's thread, and with
+//! the machine's control, which pauses it. Without `--gdb` and `--api-socket` there is none of that, and the
+//! run loop is the same: it asks at exits that are rare anyway.
 //!
 //! # What works where
 //!
@@ -43,6 +44,6 @@ mod tests;
 mod wire;
 
 pub use address::{GdbAddress, ParseGdbAddressError};
-pub use debugger::{Action, Debugger, Setup, Waker, Why};
+pub use debugger::{Action, Debugger, HoldError, Setup, Waker, Why};
 pub use server::Server;
 pub use socket::{ListenError, Listener};

@@ -70,6 +70,7 @@ impl Rig {
             stopper: stopper.clone(),
             completer: None,
             debugger: Some(debugger.clone()),
+            counts: Arc::default(),
         };
         let threads = vcpus.into_iter().map(|vcpu| thread(vcpu).spawn().unwrap()).collect();
         let dir = TempDir::new().unwrap();

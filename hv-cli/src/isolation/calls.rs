@@ -137,6 +137,7 @@ const SERVER: &[SystemCall] = &[
     call(libc::SYS_setsockopt),
     call(libc::SYS_getsockname),
     call(libc::SYS_getpeername),
+    call(libc::SYS_geteuid),
     SystemCall::ioctl(libc::FIONBIO),
     SystemCall::ioctl(libc::FIONREAD),
 ];
@@ -170,7 +171,6 @@ const MAIN: &[SystemCall] = &[
     call(libc::SYS_rt_sigaction),
     call(libc::SYS_uname),
     call(libc::SYS_getuid),
-    call(libc::SYS_geteuid),
     SystemCall::ioctl(libc::TIOCGWINSZ),
 ];
 

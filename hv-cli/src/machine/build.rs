@@ -3,6 +3,7 @@
 
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use hv_core::init::{self, InitError, Irqchip, Record};
 use hv_core::{Capability, DeviceChoice, Error, Hypervisor, OpenError, SlotId, Vcpu, Vm};
@@ -162,7 +163,10 @@ where
         let console = console(&interrupts, &stopper, out, checks.is_none())?;
         let mut outside = Outside::default();
         let kernel_irqchip = matches!(record.irqchip, Irqchip::Kernel { .. });
-        legacy_devices(&mut outside, &ram, &stopper, &console, kernel_irqchip, devices.bus())?;
+        let power = PowerControl::new(stopper.clone(), interrupts.lines());
+        let button = power.button();
+        let bus = devices.bus();
+        legacy_devices(&mut outside, &ram, &stopper, &console, kernel_irqchip, bus, power)?;
         interrupts.attach(&mut outside)?;
         devices.attach(&mut outside)?;
         optional_devices(&mut outside, config, &ram, &stopper, &interrupts)?;
@@ -196,12 +200,12 @@ where
             }
             vcpus.push(vcpu);
         }
-        let debugger = config
-            .gdb
-            .as_ref()
-            .map(|gdb| {
+        // A pause of the API stops vCPUs as a debugger does.
+        let debugger = (config.gdb.is_some() || config.api_socket.is_some())
+            .then(|| {
                 let kicks = vcpus.iter().map(Vcpu::kicker);
-                let setup = Setup { wait: gdb.wait, software_kvm: host.software_kvm };
+                let wait = config.gdb.as_ref().is_some_and(|gdb| gdb.wait);
+                let setup = Setup { wait, software_kvm: host.software_kvm };
                 Debugger::new(kicks, ram.memory().clone(), stopper.clone(), setup)
             })
             .transpose()
@@ -213,6 +217,7 @@ where
             stopper: stopper.clone(),
             completer: config.complete.then(Completer::default),
             debugger: debugger.clone(),
+            counts: Arc::default(),
         };
         let vcpus = vcpus.into_iter().map(thread).collect();
         let _hypervisor = hypervisor;
@@ -222,6 +227,8 @@ where
             console,
             checks,
             debugger,
+            button,
+            made: Instant::now(),
             stopper,
             interrupts,
             ram,
@@ -296,6 +303,7 @@ fn legacy_devices(
     console: &Console,
     kernel_irqchip: bool,
     pci: Option<&Arc<PciBus>>,
+    power: PowerControl,
 ) -> Result<(), BusError> {
     let map = MemoryMap::new(ram.memory(), &[]);
     let below_4g = map.ram_below(layout::MMIO_HOLE_END);
@@ -309,7 +317,7 @@ fn legacy_devices(
     ports.insert("COM1", layout::COM1_PORT.into(), 8, console.com1.clone())?;
     put(ports, "i8042", 0x60, 5, I8042::new(stopper.clone()))?;
     put(ports, "RTC", 0x70, 2, rtc)?;
-    put(ports, "ACPI", layout::PM1A_EVENT_PORT.into(), 6, PowerControl::new(stopper.clone()))?;
+    put(ports, "ACPI", layout::PM1A_EVENT_PORT.into(), 6, power)?;
     let reset = ResetPort::new(stopper.clone());
     match pci {
         Some(bus) => {

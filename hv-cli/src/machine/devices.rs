@@ -54,6 +54,7 @@ pub(super) struct Devices<V: IoEventBackend> {
 }
 
 /// What is known of a device besides the device.
+#[derive(Clone)]
 struct Device {
     name: String,
     slot: u8,
@@ -138,6 +139,11 @@ impl<V: IrqBackend + IoEventBackend + Send + Sync + 'static> Devices<V> {
         Ok(())
     }
 
+    /// What is counted, for others to look at.
+    pub(super) fn counting(&self) -> DeviceCounting {
+        DeviceCounting { bus: self.bus.clone(), devices: self.devices.clone() }
+    }
+
     /// Ends the devices, after the last vCPU, and tells what they did.
     pub(super) fn stop(self) -> Vec<DeviceStats> {
         let Self { ioeventfds, bus, devices } = self;
@@ -145,13 +151,36 @@ impl<V: IrqBackend + IoEventBackend + Send + Sync + 'static> Devices<V> {
         if let Some(bus) = bus {
             bus.clear();
         }
-        let stats = |device: Device| DeviceStats {
-            name: device.name,
-            slot: device.slot,
-            counters: device.counters.values(),
-            failure: device.counters.failure().map(|error| error.to_string()),
-        };
-        devices.into_iter().map(stats).collect()
+        devices.iter().map(Device::stats).collect()
+    }
+}
+
+/// What is counted of the bus and its devices.
+pub(super) struct DeviceCounting {
+    bus: Option<Arc<PciBus>>,
+    devices: Vec<Device>,
+}
+
+impl DeviceCounting {
+    /// How often the guest put a BAR where none can be.
+    pub(super) fn refused_bars(&self) -> u64 {
+        self.bus.as_ref().map_or(0, |bus| bus.refusals())
+    }
+
+    /// What the devices did until now.
+    pub(super) fn stats(&self) -> Vec<DeviceStats> {
+        self.devices.iter().map(Device::stats).collect()
+    }
+}
+
+impl Device {
+    fn stats(&self) -> DeviceStats {
+        DeviceStats {
+            name: self.name.clone(),
+            slot: self.slot,
+            counters: self.counters.values(),
+            failure: self.counters.failure().map(|error| error.to_string()),
+        }
     }
 }
 

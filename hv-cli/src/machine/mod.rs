@@ -3,6 +3,7 @@
 pub mod build;
 mod built_in;
 pub mod bus;
+mod control;
 pub mod cpu;
 pub mod crash;
 pub mod devices;
@@ -14,20 +15,24 @@ pub mod stop;
 pub mod vcpu;
 
 use std::fmt;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hv_core::init::Record;
 use hv_core::{Errno, Hypervisor, Vcpu, Vm};
 use hv_memory::{FileError, GuestRam};
 
+use crate::api::Control;
 use crate::complete::Counts;
 use crate::console::Console;
+use crate::devices::Button;
 use crate::exit_code::StopReason;
 use crate::gdb::Debugger;
 use crate::guest::{self, Checks};
 use crate::stats::DeviceStats;
 use crate::terminal::TerminalError;
+use control::{Counting, MachineControl};
 use crash::CrashReport;
 use devices::Devices;
 use exits::ExitCounts;
@@ -44,6 +49,8 @@ pub struct Machine<H: Hypervisor> {
     console: Console,
     checks: Option<Checks>,
     debugger: Option<Debugger<<H::Vm as Vm>::Vcpu>>,
+    button: Button,
+    made: Instant,
     stopper: Stopper,
     interrupts: Interrupts<H::Vm>,
     ram: Arc<GuestRam>,
@@ -107,12 +114,38 @@ where
         self.checks.as_ref()
     }
 
-    /// What the GDB server works with, if there is to be one.
+    /// What the GDB server works with, if there is to be one, and what the machine is paused with.
     pub fn debugger(&self) -> Option<&Debugger<<H::Vm as Vm>::Vcpu>> {
         self.debugger.as_ref()
     }
 
-    /// How long the guest may take, if there is a limit. A debugger takes its time.
+    /// What the API works with, if there is to be one.
+    pub fn control(&self) -> Option<Arc<dyn Control>> {
+        let debugger = self.debugger.clone()?;
+        let outside = self.vcpus.first()?.outside.clone();
+        let com1 = self.console.com1.lock().unwrap_or_else(PoisonError::into_inner);
+        let counting = Counting {
+            vcpus: self.vcpus.iter().map(|vcpu| vcpu.counts.clone()).collect(),
+            outside,
+            lost_output: com1.lost(),
+            devices: self.devices.counting(),
+        };
+        Some(Arc::new(MachineControl {
+            debugger,
+            stopper: self.stopper.clone(),
+            button: self.button.clone(),
+            counting,
+            memory: self.ram.slots().iter().map(|slot| slot.host.len() as u64).sum(),
+            made: self.made,
+        }))
+    }
+
+    /// How the machine is stopped.
+    pub fn stopper(&self) -> &Stopper {
+        &self.stopper
+    }
+
+    /// How long the guest may take, if there is a limit. A debugger takes its time, and a pause.
     pub fn deadline(&self) -> Option<Duration> {
         self.checks.as_ref().filter(|_| self.debugger.is_none()).map(|_| guest::DEADLINE)
     }
@@ -171,7 +204,9 @@ where
             }
         }
         outcome.unclaimed = outside.map_or(0, |o| o.ports.unclaimed() + o.memory.unclaimed());
-        outcome.lost_output = console.com1.lock().unwrap_or_else(PoisonError::into_inner).lost();
+        let com1 = console.com1.lock().unwrap_or_else(PoisonError::into_inner);
+        outcome.lost_output = com1.lost().load(Ordering::Relaxed);
+        drop(com1);
         outcome.lost_memory = ram.check().err();
         outcome.refused_bars = devices.bus().map_or(0, |bus| bus.refusals());
         outcome.devices = devices.stop();

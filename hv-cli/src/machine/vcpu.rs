@@ -16,7 +16,7 @@ use hv_core::{InternalError, Vcpu, VcpuExit, VcpuKick};
 use hv_memory::GuestRam;
 
 use super::crash::CrashReport;
-use super::exits::{ExitCounts, Next, Outside, answer};
+use super::exits::{ExitCounts, LiveCounts, Next, Outside, answer};
 use super::stop::Stopper;
 use crate::complete::{Completed, Completer, Counts};
 use crate::exit_code::StopReason;
@@ -35,8 +35,10 @@ pub struct VcpuThread<V: Vcpu> {
     pub stopper: Stopper,
     /// Completes what KVM can't emulate; `None` turns that off.
     pub completer: Option<Completer>,
-    /// Who may stop it to look at it.
+    /// Who may stop it: a debugger, and the machine's control.
     pub debugger: Option<Debugger<V>>,
+    /// What it does, for others to look at.
+    pub counts: Arc<LiveCounts>,
 }
 
 /// What a vCPU did, told when its thread ends.
@@ -107,14 +109,13 @@ impl<V: Vcpu> VcpuThread<V> {
         let stopper = self.stopper.clone();
         let id = self.vcpu.id();
         let _guard = Guard(&stopper, id);
-        let mut exits = ExitCounts::default();
         let mut crash = None;
         // A debugger may want to see the first instruction.
         let mut turn = if self.is_stopping() { Turn::Park(None) } else { Turn::Run };
         loop {
             turn = match turn {
-                Turn::Run => self.go_on(&mut exits),
-                Turn::Step => self.step(&mut exits),
+                Turn::Run => self.go_on(),
+                Turn::Step => self.step(),
                 Turn::Park(why) => {
                     let Some(debugger) = &self.debugger else { break };
                     let (vcpu, action) = debugger.park(self.vcpu, why);
@@ -138,17 +139,18 @@ impl<V: Vcpu> VcpuThread<V> {
                 }
             }
         }
+        let exits = self.counts.exits();
         VcpuReport { exits, completed: self.completer.map(|c| c.counts().clone()), crash }
     }
 
     fn is_stopping(&self) -> bool {
-        self.debugger.as_ref().is_some_and(Debugger::is_stopping)
+        self.debugger.as_ref().is_some_and(|debugger| debugger.is_stopping(self.vcpu.id()))
     }
 
     /// Runs the vCPU as long as nothing but its own accesses ends a run.
-    fn go_on(&mut self, exits: &mut ExitCounts) -> Turn {
+    fn go_on(&mut self) -> Turn {
         loop {
-            match self.run_once(exits) {
+            match self.run_once() {
                 Ran::Accessed | Ran::Completed(_) => {}
                 Ran::Interrupted if self.is_stopping() => return Turn::Park(None),
                 Ran::Interrupted => {}
@@ -159,10 +161,10 @@ impl<V: Vcpu> VcpuThread<V> {
 
     /// Lets the vCPU execute one instruction. KVM reports the step, except of an instruction that
     /// needs the VMM: a kick ends the run in which it completes.
-    fn step(&mut self, exits: &mut ExitCounts) -> Turn {
+    fn step(&mut self) -> Turn {
         let mut accessed = false;
         loop {
-            match self.run_once(exits) {
+            match self.run_once() {
                 Ran::Accessed => {
                     accessed = true;
                     if let Err(error) = self.vcpu.kicker().kick() {
@@ -180,12 +182,12 @@ impl<V: Vcpu> VcpuThread<V> {
         }
     }
 
-    fn run_once(&mut self, exits: &mut ExitCounts) -> Ran {
+    fn run_once(&mut self) -> Ran {
         let exit = match self.vcpu.run() {
             Ok(exit) => exit,
             Err(error) => return Ran::Ended(self.failed(error)),
         };
-        exits.add((&exit).into());
+        self.counts.add((&exit).into());
         if exit == VcpuExit::Interrupted {
             let stopped = self.stopper.is_stopped();
             return if stopped { Ran::Ended(Turn::Leave) } else { Ran::Interrupted };
@@ -241,7 +243,10 @@ impl<V: Vcpu> VcpuThread<V> {
         }
         let refused = match &mut self.completer {
             Some(completer) => match completer.complete(&self.vcpu, self.ram.memory(), bytes) {
-                Ok(completed) => return Ran::Completed(completed),
+                Ok(completed) => {
+                    self.counts.add_completed();
+                    return Ran::Completed(completed);
+                }
                 Err(refused) => Some(refused),
             },
             None => None,
@@ -280,7 +285,15 @@ mod tests {
 
     fn thread(vcpu: MockVcpu, stopper: Stopper) -> VcpuThread<MockVcpu> {
         let ram = Arc::new(GuestRam::new(&RamLayout::new(0x1000, &[], 46).unwrap()).unwrap());
-        VcpuThread { vcpu, outside: Arc::default(), ram, stopper, completer: None, debugger: None }
+        VcpuThread {
+            vcpu,
+            outside: Arc::default(),
+            ram,
+            stopper,
+            completer: None,
+            debugger: None,
+            counts: Arc::default(),
+        }
     }
 
     fn vcpu() -> MockVcpu {

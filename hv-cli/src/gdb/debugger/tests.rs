@@ -46,6 +46,7 @@ fn park(
     why: Option<Why>,
 ) -> JoinHandle<(MockVcpu, Action)> {
     let debugger = debugger.clone();
+    debugger.stop();
     thread::spawn(move || debugger.park(vcpu, why))
 }
 
@@ -138,9 +139,9 @@ fn only_those_that_are_named_go_on() {
     let [first, second] = threads;
     let (it, _) = second.join().unwrap();
     assert!(!first.is_finished());
-    assert!(!debugger.is_stopped() && !debugger.is_stopping());
+    assert!(!debugger.is_stopped() && !debugger.is_stopping(0));
     debugger.stop();
-    assert!(debugger.is_stopping());
+    assert!(debugger.is_stopping(0));
     let second = park(&debugger, it, None);
     until_stopped(&debugger);
     debugger.0.stopper.stop(crate::exit_code::StopReason::UserQuit);

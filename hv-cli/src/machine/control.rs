@@ -1,0 +1,187 @@
+//! What the API asks of a machine, answered by what the machine is made of.
+//!
+//! It is made of shares and never has a machine: that runs and ends without it. vCPUs are stopped as for
+//! a debugger; see [`crate::gdb::Debugger`].
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use hv_core::{Error, Vcpu};
+use kvm_bindings::{
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, kvm_dtable, kvm_segment,
+};
+
+use super::devices::DeviceCounting;
+use super::exits::{ExitCounts, LiveCounts, Outside};
+use super::stop::Stopper;
+use crate::api::{
+    ApiError, Control, Descriptor, General, Info, PowerButton, Registers, Segment, Segments, State,
+    System,
+};
+use crate::devices::Button;
+use crate::exit_code::StopReason;
+use crate::gdb::Debugger;
+use crate::stats::Stats;
+
+/// How long vCPUs may take to stop. One that waits for nobody takes microseconds; one that does not come
+/// is kept by a device.
+const TO_STOP: Duration = Duration::from_secs(3);
+
+/// What is counted while a machine runs.
+pub(super) struct Counting {
+    pub(super) vcpus: Vec<Arc<LiveCounts>>,
+    pub(super) outside: Arc<Outside>,
+    pub(super) lost_output: Arc<AtomicU64>,
+    pub(super) devices: DeviceCounting,
+}
+
+impl Counting {
+    fn stats(&self) -> Stats<'static> {
+        let mut exits = ExitCounts::default();
+        for vcpu in &self.vcpus {
+            exits.merge(&vcpu.exits());
+        }
+        Stats {
+            reason: None,
+            exits: exits.iter().collect(),
+            unclaimed: self.outside.ports.unclaimed() + self.outside.memory.unclaimed(),
+            completed: self.vcpus.iter().map(|vcpu| vcpu.completed()).sum(),
+            lost_output: self.lost_output.load(Ordering::Relaxed),
+            refused_bars: self.devices.refused_bars(),
+            devices: Cow::Owned(self.devices.stats()),
+        }
+    }
+}
+
+/// A machine from outside.
+pub(super) struct MachineControl<V: Vcpu> {
+    pub(super) debugger: Debugger<V>,
+    pub(super) stopper: Stopper,
+    pub(super) button: Button,
+    pub(super) counting: Counting,
+    pub(super) memory: u64,
+    pub(super) made: Instant,
+}
+
+impl<V: Vcpu> Control for MachineControl<V> {
+    fn info(&self) -> Info {
+        let state = if self.stopper.is_stopped() {
+            State::Stopping
+        } else if self.debugger.is_paused() {
+            State::Paused
+        } else {
+            State::Running
+        };
+        Info {
+            state,
+            held_by_debugger: self.debugger.is_held_by_debugger(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            cpus: self.counting.vcpus.len() as u32,
+            memory: self.memory,
+            pid: std::process::id(),
+            uptime_ms: self.made.elapsed().as_millis() as u64,
+        }
+    }
+
+    fn pause(&self) -> Result<(), ApiError> {
+        Ok(self.debugger.pause(TO_STOP)?)
+    }
+
+    fn resume(&self) {
+        self.debugger.unpause();
+    }
+
+    fn stats(&self) -> Stats<'static> {
+        self.counting.stats()
+    }
+
+    fn power_button(&self) -> PowerButton {
+        PowerButton { enabled: self.button.press() }
+    }
+
+    fn stop(&self) {
+        self.stopper.stop(StopReason::Requested);
+    }
+
+    fn registers(&self, vcpu: usize) -> Result<Registers, ApiError> {
+        Ok(self.debugger.look(vcpu, TO_STOP, |it| registers(it))??)
+    }
+}
+
+fn registers<V: Vcpu>(vcpu: &V) -> Result<Registers, Error> {
+    let (r, s) = (vcpu.regs()?, vcpu.sregs()?);
+    let activity = match vcpu.mp_state()?.mp_state {
+        KVM_MP_STATE_RUNNABLE => "runnable".to_owned(),
+        KVM_MP_STATE_HALTED => "halted".to_owned(),
+        KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_SIPI_RECEIVED => {
+            "not started".to_owned()
+        }
+        other => format!("KVM_MP_STATE {other}"),
+    };
+    let general = General {
+        rip: hex(r.rip),
+        rflags: hex(r.rflags),
+        rax: hex(r.rax),
+        rbx: hex(r.rbx),
+        rcx: hex(r.rcx),
+        rdx: hex(r.rdx),
+        rsi: hex(r.rsi),
+        rdi: hex(r.rdi),
+        rbp: hex(r.rbp),
+        rsp: hex(r.rsp),
+        r8: hex(r.r8),
+        r9: hex(r.r9),
+        r10: hex(r.r10),
+        r11: hex(r.r11),
+        r12: hex(r.r12),
+        r13: hex(r.r13),
+        r14: hex(r.r14),
+        r15: hex(r.r15),
+    };
+    let segments = Segments {
+        cs: segment(&s.cs),
+        ds: segment(&s.ds),
+        es: segment(&s.es),
+        fs: segment(&s.fs),
+        gs: segment(&s.gs),
+        ss: segment(&s.ss),
+        tr: segment(&s.tr),
+        ldt: segment(&s.ldt),
+    };
+    let system = System {
+        cr0: hex(s.cr0),
+        cr2: hex(s.cr2),
+        cr3: hex(s.cr3),
+        cr4: hex(s.cr4),
+        cr8: hex(s.cr8),
+        efer: hex(s.efer),
+        apic_base: hex(s.apic_base),
+        gdt: table(&s.gdt),
+        idt: table(&s.idt),
+    };
+    Ok(Registers { vcpu: vcpu.id() as usize, activity, general, segments, system })
+}
+
+fn hex(value: impl Into<u64>) -> String {
+    format!("{:#x}", value.into())
+}
+
+fn segment(segment: &kvm_segment) -> Segment {
+    Segment {
+        selector: hex(segment.selector),
+        base: hex(segment.base),
+        limit: hex(segment.limit),
+        r#type: segment.type_,
+        dpl: segment.dpl,
+        present: segment.present != 0,
+        long: segment.l != 0,
+        default_32: segment.db != 0,
+    }
+}
+
+fn table(table: &kvm_dtable) -> Descriptor {
+    Descriptor { base: hex(table.base), limit: hex(table.limit) }
+}
