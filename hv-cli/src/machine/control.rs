@@ -185,3 +185,100 @@ fn segment(segment: &kvm_segment) -> Segment {
 fn table(table: &kvm_dtable) -> Descriptor {
     Descriptor { base: hex(table.base), limit: hex(table.limit) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::{IrqLines, PowerControl};
+    use crate::event::Event;
+    use crate::gdb::{HoldError, Setup};
+    use crate::machine::exits::ExitKind;
+    use hv_core::mock::{MockVcpu, MockVcpuKick};
+    use hv_core::{Errno, Ioctl};
+    use hv_memory::RamMemory;
+    use kvm_bindings::{kvm_mp_state, kvm_regs, kvm_sregs};
+    use vm_memory::GuestAddress;
+
+    struct NoLine;
+
+    impl IrqLines for NoLine {
+        fn set(&mut self, _gsi: u32, _level: bool) {}
+    }
+
+    /// A machine whose vCPUs have no threads.
+    fn control(vcpus: usize) -> MachineControl<MockVcpu> {
+        let stopper = Stopper::new(Event::new().unwrap());
+        let memory = RamMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let kicks = (0..vcpus).map(|_| MockVcpuKick::new());
+        let setup = Setup { wait: false, software_kvm: false };
+        let debugger = Debugger::new(kicks, memory, stopper.clone(), setup).unwrap();
+        MachineControl {
+            debugger,
+            button: PowerControl::new(stopper.clone(), Box::new(NoLine)).button(),
+            stopper,
+            counting: Counting {
+                vcpus: (0..vcpus).map(|_| Arc::default()).collect(),
+                outside: Arc::default(),
+                lost_output: Arc::new(7.into()),
+                devices: DeviceCounting::default(),
+            },
+            memory: 0x1000,
+            made: Instant::now(),
+        }
+    }
+
+    #[test]
+    fn the_state_is_what_was_asked_for_last_until_it_stops() {
+        let control = control(0);
+        assert_eq!(control.info().state, State::Running);
+        control.pause().unwrap();
+        assert_eq!(control.info().state, State::Paused);
+        control.resume();
+        assert_eq!(control.info().state, State::Running);
+        control.stop();
+        let info = control.info();
+        assert_eq!((info.state, info.cpus, info.memory), (State::Stopping, 0, 0x1000));
+        assert_eq!(control.stopper.reason(), Some(&StopReason::Requested));
+        assert_eq!(control.pause(), Err(HoldError::Stopping.into()));
+    }
+
+    #[test]
+    fn stats_are_the_sum_of_all_vcpus_while_they_run() {
+        let control = control(2);
+        for vcpu in &control.counting.vcpus {
+            vcpu.add(ExitKind::PortOut);
+            vcpu.add_completed();
+        }
+        control.counting.vcpus[1].add(ExitKind::Interrupted);
+        let stats = serde_json::to_value(control.stats()).unwrap();
+        assert_eq!(stats["exits"], serde_json::json!({"port writes": 2, "kicks": 1}));
+        assert_eq!((&stats["completed"], &stats["lost-output"]), (&2.into(), &7.into()));
+        assert!(stats["reason"].is_null());
+    }
+
+    #[test]
+    fn registers_are_hexadecimal_and_what_kvm_refuses_is_an_error() {
+        let mut vcpu = MockVcpu::new();
+        vcpu.expect_id().return_const(3u32);
+        vcpu.expect_regs()
+            .returning(|| Ok(kvm_regs { rip: u64::MAX, r15: 0x1f, ..Default::default() }));
+        vcpu.expect_sregs().returning(|| {
+            let mut sregs = kvm_sregs { cr0: 0x11, ..Default::default() };
+            sregs.cs = kvm_segment { selector: 8, limit: 0xf_ffff, l: 1, ..Default::default() };
+            sregs.idt.limit = 0x3ff;
+            Ok(sregs)
+        });
+        vcpu.expect_mp_state()
+            .once()
+            .returning(|| Ok(kvm_mp_state { mp_state: KVM_MP_STATE_HALTED }));
+        let error = Error::new(Ioctl::GetMpState, Errno::EIO);
+        vcpu.expect_mp_state().once().returning(move || Err(error));
+        let it = registers(&vcpu).unwrap();
+        assert_eq!((it.vcpu, it.activity.as_str()), (3, "halted"));
+        assert_eq!(it.general.rip, "0xffffffffffffffff");
+        assert_eq!((it.general.r15.as_str(), it.system.cr0.as_str()), ("0x1f", "0x11"));
+        assert_eq!((it.segments.cs.limit.as_str(), it.segments.cs.long), ("0xfffff", true));
+        assert_eq!(it.system.idt.limit, "0x3ff");
+        assert_eq!(registers(&vcpu), Err(error));
+    }
+}

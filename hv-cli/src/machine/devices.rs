@@ -156,6 +156,7 @@ impl<V: IrqBackend + IoEventBackend + Send + Sync + 'static> Devices<V> {
 }
 
 /// What is counted of the bus and its devices.
+#[derive(Default)]
 pub(super) struct DeviceCounting {
     bus: Option<Arc<PciBus>>,
     devices: Vec<Device>,

@@ -43,6 +43,7 @@ pub(crate) fn built_in(cpus: u32, irqchip: IrqchipMode) -> RunConfig {
         stats_json: None,
         gdb: None,
         seccomp: SeccompMode::Off,
+        api_socket: None,
     }
 }
 

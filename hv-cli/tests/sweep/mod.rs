@@ -532,6 +532,7 @@ fn machine<H: Host>(
         record: None,
         stats_json: None,
         gdb: None,
+        api_socket: None,
     };
     let machine = Machine::build(open(host, &run.faults), &config, &HostFacts::detect());
     let machine = machine.map_err(text)?;
