@@ -52,7 +52,7 @@ fn run(debugger: &Debugger<MockVcpu>, id: u32, turns: &AtomicU64) -> Action {
 }
 
 impl Rig {
-    /// Threads for the first `running` of `vcpus`.
+    /// Threads for the last `running` of `vcpus`.
     fn new(vcpus: usize, running: usize) -> Self {
         let memory = Memory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         let kicks = (0..vcpus).map(|_| {
@@ -65,7 +65,7 @@ impl Rig {
         let debugger = Debugger::new(kicks, memory, stopper.clone(), setup).unwrap();
         stopper.add_vcpu(debugger.waker());
         let turns: Vec<_> = (0..running).map(|_| Arc::new(AtomicU64::new(0))).collect();
-        let threads = (0..).zip(&turns).map(|(id, turns)| {
+        let threads = (vcpus as u32 - running as u32..).zip(&turns).map(|(id, turns)| {
             let (debugger, turns) = (debugger.clone(), turns.clone());
             thread::spawn(move || run(&debugger, id, &turns))
         });
@@ -122,12 +122,12 @@ fn a_pause_stops_all_and_is_idempotent_and_so_is_its_end() {
 #[test]
 fn one_that_does_not_come_keeps_the_others_from_being_paused() {
     let rig = Rig::new(2, 1);
-    let busy = HoldError::Busy { vcpu: 1, limit: SHORT };
+    let busy = HoldError::Busy { vcpu: 0, limit: SHORT };
     assert_eq!(rig.debugger.pause(SHORT), Err(busy));
     assert!(!rig.debugger.is_paused());
     rig.wait_for_progress();
-    assert_eq!(rig.debugger.look(1, SHORT, |_| ()), Err(busy));
-    assert!(busy.to_string().contains("vCPU 1 did not stop within 1ms"));
+    assert_eq!(rig.debugger.look(0, SHORT, |_| ()), Err(busy));
+    assert!(busy.to_string().contains("vCPU 0 did not stop within 1ms"));
     rig.end();
 }
 
