@@ -11,7 +11,10 @@
 //! needs. Beside the mode of the socket's file, each peer is asked who it is (`SO_PEERCRED`): the user of
 //! this process or root.
 //!
-//! A new call is a line in `routes`, a method of [`Control`], and its description.
+//! # A new call
+//!
+//! It is a method of [`Control`], a line in `routes`, and its description. None takes a body yet: the first
+//! that does gets it with what `routes` makes a call with, where those without are refused one.
 
 mod control;
 mod error;
