@@ -168,11 +168,12 @@ impl Chain {
     /// # Errors
     /// There are not that many.
     pub fn read_at(&self, offset: u32, data: &mut [u8]) -> Result<(), QueueError> {
-        let mut done = 0;
-        for slice in self.readable_slices(offset, data.len())? {
-            let Some(part) = data.get_mut(done..done + slice.len()) else { break };
+        self.check_room(self.readable_len, offset, data.len())?;
+        let mut rest = data;
+        for slice in self.readable_parts(offset) {
+            let (part, later) = rest.split_at_mut(slice.len().min(rest.len()));
             slice.copy_to(part);
-            done += part.len();
+            rest = later;
         }
         Ok(())
     }
@@ -182,13 +183,19 @@ impl Chain {
     /// # Errors
     /// There is no room for all of them; nothing is written.
     pub fn write_at(&self, offset: u32, data: &[u8]) -> Result<(), QueueError> {
+        self.check_room(self.writable_len, offset, data.len())?;
         let mut rest = data;
-        for slice in self.writable_slices(offset, data.len())? {
+        for slice in self.writable_parts(offset) {
             let (part, later) = rest.split_at_checked(slice.len()).unwrap_or((rest, &[]));
             slice.copy_from(part);
             rest = later;
         }
         Ok(())
+    }
+
+    fn check_room(&self, room: u32, offset: u32, len: usize) -> Result<(), QueueError> {
+        let there = room.checked_sub(offset).is_some_and(|room| len as u64 <= u64::from(room));
+        if there || len == 0 { Ok(()) } else { Err(self.error(ChainError::TooShort)) }
     }
 
     /// A value at `offset` of the readable part.
@@ -234,6 +241,34 @@ impl Chain {
             }
             left -= part;
         }
+    }
+
+    /// The readable part from `offset` on, where it is: for I/O without a copy or a list.
+    pub fn readable_parts(&self, offset: u32) -> impl Iterator<Item = Slice<'_>> {
+        self.parts(self.readable(), offset)
+    }
+
+    /// The writable part from `offset` on, where it is: for I/O without a copy or a list.
+    pub fn writable_parts(&self, offset: u32) -> impl Iterator<Item = Slice<'_>> {
+        self.parts(self.writable(), offset)
+    }
+
+    fn parts<'a>(
+        &'a self,
+        buffers: &'a [Buffer],
+        offset: u32,
+    ) -> impl Iterator<Item = Slice<'a>> + 'a {
+        let mut skip = offset;
+        let rest = buffers.iter().map(move |buffer| {
+            let skipped = skip.min(buffer.len);
+            skip -= skipped;
+            // Its end is in guest memory, so nothing wraps.
+            (GuestAddress(buffer.address.0.wrapping_add(skipped.into())), buffer.len - skipped)
+        });
+        rest.flat_map(|(address, len)| {
+            // All of it was found when the request was read, and RAM stays.
+            GuestMemoryBackend::get_slices(&*self.memory, address, len as usize).flatten()
+        })
     }
 
     fn slices(

@@ -11,7 +11,7 @@ mod chain;
 mod tests;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -20,6 +20,11 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{Counters, DeviceInterrupts, Memory};
 pub(super) use chain::Slice;
 pub use chain::{Buffer, Chain, ChainError};
+
+/// Bytes of the rings (virtio 1.2, 2.7.6 and 2.7.8): what is before the elements, and one of those used.
+const AVAILABLE_HEADER: u64 = 4;
+const USED_HEADER: u64 = 4;
+const USED_ELEMENT: u64 = 8;
 
 /// Why a queue can't go on: the driver broke a rule, or the ring is out of reach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -99,8 +104,8 @@ pub struct Virtqueue {
     more: bool,
     /// Whether the driver rings for new requests.
     rings: bool,
-    /// Whether the driver has to be told of what was used.
-    used: bool,
+    /// How many requests were completed that the driver was not told of.
+    untold: u16,
     /// Lists of buffers that can be used again.
     spare: Vec<Vec<Buffer>>,
 }
@@ -128,7 +133,7 @@ impl Virtqueue {
             counters,
             more: false,
             rings: true,
-            used: false,
+            untold: 0,
             spare: Vec::new(),
         })
     }
@@ -215,12 +220,44 @@ impl Virtqueue {
         self.ring
             .add_used(&*self.memory, chain.head(), written)
             .map_err(|_| QueueError::Ring(self.index))?;
-        self.used = true;
+        self.completed(chain, written);
+        Ok(())
+    }
+
+    /// Completes requests of which the driver must see all or none, as the buffers of one packet; as
+    /// [`Self::push`] does.
+    ///
+    /// # Errors
+    /// The used ring can't be written.
+    pub fn push_together(
+        &mut self,
+        chains: impl Iterator<Item = (Chain, u32)>,
+    ) -> Result<(), QueueError> {
+        let mut chains = chains.peekable();
+        while let Some((chain, written)) = chains.next() {
+            if chains.peek().is_none() {
+                return self.push(chain, written);
+            }
+            // Written where it belongs; the index that makes it seen is written with the last.
+            let written = written.min(chain.writable_len());
+            let position = self.ring.next_used();
+            let slot = u64::from(position.checked_rem(self.ring.size()).unwrap_or(0));
+            let at = self.ring.used_ring().checked_add(USED_HEADER + USED_ELEMENT * slot);
+            let at = at.ok_or_else(|| self.ring_error())?;
+            let element = [u32::from(chain.head()).to_le(), written.to_le()];
+            self.memory.write_obj(element, GuestAddress(at)).map_err(|_| self.ring_error())?;
+            self.ring.set_next_used(position.wrapping_add(1));
+            self.completed(chain, written);
+        }
+        Ok(())
+    }
+
+    fn completed(&mut self, chain: Chain, written: u32) {
+        self.untold = self.untold.saturating_add(1);
         self.counters.count_requests(1);
         self.counters.count_bytes_from_guest(chain.readable_len().into());
         self.counters.count_bytes_to_guest(written.into());
         self.recycle(chain);
-        Ok(())
     }
 
     fn recycle(&mut self, chain: Chain) {
@@ -234,10 +271,11 @@ impl Virtqueue {
     /// # Errors
     /// The ring can't be read.
     pub fn signal(&mut self) -> Result<(), QueueError> {
-        if !std::mem::take(&mut self.used) {
+        let told = std::mem::take(&mut self.untold);
+        if told == 0 {
             return Ok(());
         }
-        if self.interrupt_is_wanted()? {
+        if self.interrupt_is_wanted(told)? {
             self.interrupts.queue(self.index.into());
         } else {
             self.counters.count_suppressed(1);
@@ -245,18 +283,22 @@ impl Virtqueue {
         Ok(())
     }
 
-    fn interrupt_is_wanted(&mut self) -> Result<bool, QueueError> {
-        // Also the barrier between what was used and the flags.
-        let wanted = self.ring.needs_notification(&*self.memory).map_err(|_| self.ring_error())?;
-        if self.ring.event_idx_enabled() {
-            return Ok(wanted);
+    /// Whether the driver wants to know that the last `completed` requests are (virtio 1.2, 2.7.7.2 and
+    /// 2.7.10). virtio-queue does not look at the flags, and does not know of those pushed together.
+    fn interrupt_is_wanted(&self, completed: u16) -> Result<bool, QueueError> {
+        // What was used is there for the driver before what the driver wants is looked at.
+        fence(Ordering::SeqCst);
+        let event_idx = self.ring.event_idx_enabled();
+        let offset = if event_idx { AVAILABLE_HEADER + 2 * u64::from(self.ring.size()) } else { 0 };
+        let at = self.ring.avail_ring().checked_add(offset).ok_or_else(|| self.ring_error())?;
+        let wants: u16 =
+            self.memory.load(GuestAddress(at), Ordering::Relaxed).map_err(|_| self.ring_error())?;
+        let wants = u16::from_le(wants);
+        if !event_idx {
+            return Ok(u32::from(wants) & VRING_AVAIL_F_NO_INTERRUPT == 0);
         }
-        // virtio-queue does not look at the flags of the available ring.
-        let flags: u16 = self
-            .memory
-            .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
-            .map_err(|_| self.ring_error())?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        // It wants to know when this request is completed.
+        Ok(self.ring.next_used().wrapping_sub(wants).wrapping_sub(1) < completed)
     }
 
     /// A call of the device begins: requests may be taken.

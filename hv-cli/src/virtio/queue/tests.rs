@@ -386,3 +386,41 @@ fn parts_of_a_request_are_found_across_its_buffers() {
     let slice = chain.readable_slices(0, 1).unwrap()[0];
     assert!(matches!(slice.offset(2), Err(VolatileMemoryError::OutOfBounds { .. })));
 }
+
+#[test]
+fn requests_completed_together_are_seen_together() {
+    let memory = memory();
+    let mut bench = bench(&memory, true);
+    let used_index = || memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap();
+    let element =
+        |slot: u64| memory.read_obj::<[u32; 2]>(GuestAddress(USED + 4 + 8 * slot)).unwrap();
+    let all: Vec<_> = (0..16).map(|_| (BUFFER, 4, WRITE, 0)).collect();
+    offer(&memory, &all);
+    (1..15).for_each(|head| offer_head(&memory, head));
+    let taken: Vec<Chain> = (0..15).map(|_| bench.queue.pop().unwrap().unwrap()).collect();
+    // Beyond the end of the ring: 14 first, then three with numbers 14, 15 and 16.
+    let mut taken = taken.into_iter();
+    bench.queue.push_together(taken.by_ref().take(14).map(|chain| (chain, 4))).unwrap();
+    assert_eq!(used_index(), 14);
+    offer_head(&memory, 3);
+    offer_head(&memory, 5);
+    // The driver, which has seen 14, waits for the one with number 15, which is not the last.
+    bench.queue.signal().unwrap();
+    let _ = bench.event.take();
+    let used_event = 0x1100 + 4 + 2 * 16;
+    memory.write_obj(15u16, GuestAddress(used_event)).unwrap();
+    let last = taken.next().unwrap();
+    bench.queue.begin();
+    let more: Vec<Chain> = (0..2).map(|_| bench.queue.pop().unwrap().unwrap()).collect();
+    let chains = std::iter::once(last).chain(more);
+    bench.queue.push_together(chains.zip([4, 99, 1])).unwrap();
+    assert_eq!(used_index(), 17);
+    assert_eq!((element(14), element(15), element(0)), ([14, 4], [3, 4], [5, 1]));
+    bench.queue.signal().unwrap();
+    assert_eq!(bench.event.take(), Some(1));
+    bench.queue.push_together(std::iter::empty()).unwrap();
+    bench.queue.signal().unwrap();
+    assert_eq!((used_index(), bench.event.take()), (17, None));
+    assert_eq!(bench.counters.values().requests, 17);
+    assert_eq!(bench.counters.values().bytes_to_guest, 14 * 4 + 4 + 4 + 1);
+}
