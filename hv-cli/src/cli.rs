@@ -10,7 +10,7 @@ use hv_core::DeviceChoice;
 
 use crate::config::{
     DeviceOption, DiskConfig, GdbConfig, HugePagesOption, IrqchipMode, KernelConfig, MemoryBacking,
-    MemorySize, RunConfig, VirtioConfig,
+    MemorySize, NetConfig, RunConfig, VirtioConfig,
 };
 use crate::exit_code::ExitCode;
 use crate::gdb::GdbAddress;
@@ -46,6 +46,7 @@ Examples:
   hv run --memory 2G --hugepages thp --prefault
   hv run --kernel vmlinux --disk root.img --disk data.img,readonly --cmdline 'root=/dev/vda'
   hv run --kernel vmlinux --rng --stats-json stats.json
+  hv run --kernel vmlinux --initrd initramfs.cpio --net user
   hv run --trace calls.jsonl              what is asked of KVM, and how long it takes
   hv run --record run.jsonl               the same run again without KVM: for replay in tests
   hv run --kernel vmlinux --gdb unix:vm.gdb --gdb-wait
@@ -194,11 +195,16 @@ struct VirtioArgs {
     /// A comma in FILE is written ,,
     #[arg(long = "disk", value_name = "FILE[,PROPERTY]...")]
     disks: Vec<DiskConfig>,
+
+    /// A network device, connected to a tap interface, to what descriptor N is (a tap interface or a
+    /// socket), or through passt, which needs no privileges. May be given several times
+    #[arg(long = "net", value_name = "tap=NAME|fd=N|user[,mac=ADDRESS][,queues=N]")]
+    nets: Vec<NetConfig>,
 }
 
 impl VirtioArgs {
     fn into_config(self) -> VirtioConfig {
-        VirtioConfig { rng: self.rng, disks: self.disks }
+        VirtioConfig { rng: self.rng, disks: self.disks, nets: self.nets }
     }
 }
 

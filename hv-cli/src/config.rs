@@ -2,6 +2,9 @@
 //!
 //! Parsing refuses what can't be meant; what the host can't do is refused later, by what needs it.
 
+mod disk;
+mod net;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -12,9 +15,8 @@ use crate::gdb::GdbAddress;
 use crate::isolation::SeccompMode;
 use crate::loader::Format;
 
-mod disk;
-
 pub use disk::{CacheMode, DiskConfig, DiskIo, ParseDiskError};
+pub use net::{MacAddress, NetBackend, NetConfig, ParseNetError};
 
 /// A machine to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +62,8 @@ pub struct VirtioConfig {
     pub rng: bool,
     /// Disks, in the order the guest finds them.
     pub disks: Vec<DiskConfig>,
+    /// Network devices.
+    pub nets: Vec<NetConfig>,
 }
 
 /// A GDB server.

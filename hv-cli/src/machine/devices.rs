@@ -22,7 +22,7 @@ use crate::layout;
 use crate::pci::{Ecam, PciBus, PciError, Window, Windows};
 use crate::stats::DeviceStats;
 use crate::virtio::{
-    Blk, Counters, DiskError, Platform, Rng, VirtioDevice, VirtioError, VirtioPci,
+    Blk, Counters, DiskError, Net, NetError, Platform, Rng, VirtioDevice, VirtioError, VirtioPci,
 };
 
 /// Why the devices can't be had.
@@ -37,6 +37,9 @@ pub enum DevicesError {
     /// One of them can't be made.
     #[error(transparent)]
     Virtio(#[from] VirtioError),
+    /// A network device can't be connected.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// Interrupts could not be set up.
     #[error("PCI interrupts: {0}")]
     Interrupts(#[from] RouterError),
@@ -75,6 +78,9 @@ pub(super) fn open(config: &VirtioConfig) -> Result<Vec<Named>, DevicesError> {
     }
     for (index, disk) in config.disks.iter().enumerate() {
         devices.push((format!("disk{index}"), Box::new(Blk::open(disk)?)));
+    }
+    for (index, net) in config.nets.iter().enumerate() {
+        devices.push((format!("net{index}"), Box::new(Net::open(net)?)));
     }
     Ok(devices)
 }
