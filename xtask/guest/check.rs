@@ -4,6 +4,7 @@
 use core::ffi::CStr;
 
 use super::disk::disk;
+use super::net::net;
 use super::sys::{self, O_RDONLY, nr};
 use super::{Console, decimal};
 
@@ -11,7 +12,7 @@ use super::{Console, decimal};
 pub type Found = Result<&'static [u8], (&'static [u8], usize)>;
 
 /// All checks there are.
-const CHECKS: &[(&[u8], fn() -> Found)] = &[(b"rng", rng), (b"disk", disk)];
+const CHECKS: &[(&[u8], fn() -> Found)] = &[(b"rng", rng), (b"disk", disk), (b"net", net)];
 
 /// Makes the checks with these names, separated by commas, and shows the interrupts of virtio.
 pub fn run(console: &Console, names: &[u8]) {

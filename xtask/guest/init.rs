@@ -29,6 +29,7 @@
 
 mod check;
 mod disk;
+mod net;
 mod sys;
 
 use core::arch::global_asm;

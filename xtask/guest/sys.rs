@@ -12,6 +12,8 @@ pub mod nr {
     pub const LSEEK: usize = 8;
     pub const IOCTL: usize = 16;
     pub const GETPID: usize = 39;
+    pub const SOCKET: usize = 41;
+    pub const CONNECT: usize = 42;
     pub const EXIT: usize = 60;
     pub const UNAME: usize = 63;
     pub const FSYNC: usize = 74;

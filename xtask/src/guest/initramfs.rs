@@ -17,6 +17,7 @@ pub(crate) const INIT: &[(&str, &str)] = &[
     ("init.rs", include_str!("../../guest/init.rs")),
     ("check.rs", include_str!("../../guest/check.rs")),
     ("disk.rs", include_str!("../../guest/disk.rs")),
+    ("net.rs", include_str!("../../guest/net.rs")),
     ("sys.rs", include_str!("../../guest/sys.rs")),
 ];
 

@@ -116,12 +116,11 @@ impl Pair {
         Ok(())
     }
 
-    /// Sends what the driver has. Returns how many frames were dropped.
-    fn transmit(&mut self, session: &mut Session, index: usize) -> Result<u64, DeviceError> {
-        let queue = session.queue(2 * index + 1)?;
-        let mut dropped = 0;
+    /// Sends what the driver has. A frame that is dropped is counted before its request is completed.
+    fn transmit(&mut self, session: &mut Session, index: usize) -> Result<(), DeviceError> {
+        let queue = 2 * index + 1;
         self.blocked = false;
-        while let Some(chain) = queue.pop()? {
+        while let Some(chain) = session.queue(queue)?.pop()? {
             let sent = if self.used && !self.gone {
                 self.port.send(&chain, &mut self.iovecs)?
             } else {
@@ -129,19 +128,20 @@ impl Pair {
             };
             match sent {
                 Sent::Yes => {}
-                Sent::No => dropped += 1,
+                Sent::No => session.count_error(),
                 Sent::Later => {
+                    let queue = session.queue(queue)?;
                     queue.unpop(chain);
                     queue.silence()?;
                     self.blocked = true;
                     break;
                 }
                 Sent::Gone => {
-                    dropped += 1;
+                    session.count_error();
                     self.gone = true;
                 }
             }
-            queue.push(chain, 0)?;
+            session.queue(queue)?.push(chain, 0)?;
         }
         if self.used && !self.gone {
             match self.port.flush() {
@@ -150,7 +150,7 @@ impl Pair {
                 Sent::Yes | Sent::No => {}
             }
         }
-        Ok(dropped)
+        Ok(())
     }
 
     /// Receives what there is. Returns how many frames were dropped.
@@ -272,8 +272,8 @@ impl Net {
 
     fn transmit(&mut self, session: &mut Session, index: usize) -> Result<(), DeviceError> {
         let Some(pair) = self.pairs.get_mut(index) else { return Ok(()) };
-        let dropped = pair.transmit(session, index)?;
-        self.after(session, index, dropped)
+        pair.transmit(session, index)?;
+        self.after(session, index, 0)
     }
 }
 
