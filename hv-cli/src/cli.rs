@@ -9,8 +9,8 @@ use clap::{Args, Parser, Subcommand};
 use hv_core::DeviceChoice;
 
 use crate::config::{
-    DeviceOption, DiskConfig, GdbConfig, HugePagesOption, IrqchipMode, KernelConfig, MemoryBacking,
-    MemorySize, NetConfig, RunConfig, VirtioConfig,
+    ConsoleChoice, DeviceOption, DiskConfig, GdbConfig, HugePagesOption, IrqchipMode, KernelConfig,
+    MemoryBacking, MemorySize, NetConfig, RunConfig, VirtioConfig,
 };
 use crate::exit_code::ExitCode;
 use crate::gdb::GdbAddress;
@@ -47,6 +47,7 @@ Examples:
   hv run --kernel vmlinux --disk root.img --disk data.img,readonly --cmdline 'root=/dev/vda'
   hv run --kernel vmlinux --rng --stats-json stats.json
   hv run --kernel vmlinux --initrd initramfs.cpio --net user
+  hv run --kernel vmlinux --initrd initramfs.cpio --console hvc0
   hv run --trace calls.jsonl              what is asked of KVM, and how long it takes
   hv run --record run.jsonl               the same run again without KVM: for replay in tests
   hv run --kernel vmlinux --gdb unix:vm.gdb --gdb-wait
@@ -95,7 +96,8 @@ struct RunArgs {
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
 
-    /// Kernel command line [default for Linux: console=ttyS0 reboot=k panic=-1]
+    /// Kernel command line [default for Linux: reboot=k panic=-1 and console=ttyS0,
+    /// or console=hvc0 with --console hvc0]
     #[arg(long, value_name = "TEXT", requires = "kernel")]
     cmdline: Option<String>,
 
@@ -200,11 +202,15 @@ struct VirtioArgs {
     /// socket), or through passt, which needs no privileges. May be given several times
     #[arg(long = "net", value_name = "tap=NAME|fd=N|user[,mac=ADDRESS][,queues=N]")]
     nets: Vec<NetConfig>,
+
+    /// Which device has the terminal
+    #[arg(long, value_enum, default_value_t, requires = "kernel")]
+    console: ConsoleChoice,
 }
 
 impl VirtioArgs {
     fn into_config(self) -> VirtioConfig {
-        VirtioConfig { rng: self.rng, disks: self.disks, nets: self.nets }
+        VirtioConfig { rng: self.rng, console: self.console, disks: self.disks, nets: self.nets }
     }
 }
 

@@ -64,6 +64,27 @@ pub struct VirtioConfig {
     pub disks: Vec<DiskConfig>,
     /// Network devices.
     pub nets: Vec<NetConfig>,
+    /// Where the console is.
+    pub console: ConsoleChoice,
+}
+
+/// Which device has the standard input and output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum ConsoleChoice {
+    /// The serial port, which every machine has
+    #[default]
+    Serial,
+    /// A virtio console; what is sent to the serial port goes to the standard error
+    Hvc0,
+}
+
+impl fmt::Display for ConsoleChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Serial => "serial",
+            Self::Hvc0 => "hvc0",
+        })
+    }
 }
 
 /// A GDB server.

@@ -1,4 +1,4 @@
-//! The main thread of a running machine: waits for the end, and carries input to the serial port.
+//! The main thread of a running machine: waits for the end, and carries input to its console.
 //!
 //! It sleeps in poll(2) until a vCPU stops the machine, a signal arrives or the user types. Raw
 //! terminal mode lives exactly as long as [`Console::serve`] runs.
@@ -7,14 +7,14 @@ use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, TryLockError};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use signal_hook::consts::{
     SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2,
-    SIGVTALRM, SIGXCPU, SIGXFSZ,
+    SIGVTALRM, SIGWINCH, SIGXCPU, SIGXFSZ,
 };
 use signal_hook::flag::{self, register_conditional_default};
 use signal_hook::iterator::backend::SignalDelivery;
@@ -27,33 +27,43 @@ use crate::machine::bus::Shared;
 use crate::machine::stop::Stopper;
 use crate::terminal::{Action, EscapeParser, KEYS_HELP, RawMode, TerminalError, in_foreground};
 
-/// The standard output as a serial port's wire.
+/// The standard output, or the standard error, as a serial port's wire.
 ///
 /// A reader that does not read may stall the guest, but must not keep the machine from being
 /// stopped: what can't be written after the stop is dropped.
-pub struct Wire(Stopper);
+pub struct Wire {
+    out: BorrowedFd<'static>,
+    stopper: Stopper,
+}
 
 impl Wire {
-    /// The wire of the machine that `stopper` stops.
+    /// The wire of the machine that `stopper` stops, to the standard output.
     #[must_use]
     pub fn new(stopper: Stopper) -> Self {
-        Self(stopper)
+        Self { out: rustix::stdio::stdout(), stopper }
+    }
+
+    /// The same to the standard error.
+    #[must_use]
+    pub fn to_stderr(stopper: Stopper) -> Self {
+        Self { out: rustix::stdio::stderr(), stopper }
     }
 }
 
 impl Write for Wire {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let stdout = rustix::stdio::stdout();
         loop {
-            let mut fds =
-                [PollFd::new(&stdout, PollFlags::OUT), PollFd::new(self.0.event(), PollFlags::IN)];
+            let mut fds = [
+                PollFd::new(&self.out, PollFlags::OUT),
+                PollFd::new(self.stopper.event(), PollFlags::IN),
+            ];
             match poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
             let [out, stop] = &fds;
             if !out.revents().is_empty() {
-                match rustix::io::write(stdout, buf) {
+                match rustix::io::write(self.out, buf) {
                     Err(Errno::INTR | Errno::AGAIN) => {}
                     result => return Ok(result?),
                 }
@@ -95,7 +105,7 @@ impl Signals {
             register_conditional_default(signal, default.clone())?;
         }
         flag::register(SIGXFSZ, Arc::default())?;
-        let signals = ENDING.into_iter().chain([SIGCONT]);
+        let signals = ENDING.into_iter().chain([SIGCONT, SIGWINCH]);
         let delivery = SignalDelivery::with_pipe(read, write, SignalOnly, signals)?;
         Ok(Self { delivery, default })
     }
@@ -159,15 +169,9 @@ impl Input {
         }
     }
 
-    /// Gives the port what it takes. One that is busy, maybe waiting for a reader of its output, is
-    /// not waited for: the main loop must stay able to end the machine.
-    fn offer(&mut self, com1: &Shared<SerialPort>) {
-        let mut port = match com1.try_lock() {
-            Ok(port) => port,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return,
-        };
-        let taken = port.input(&self.pending);
+    /// Gives the guest what it takes.
+    fn offer(&mut self, to: &dyn GuestInput) {
+        let taken = to.offer(&self.pending);
         self.pending.drain(..taken.min(self.pending.len()));
     }
 }
@@ -190,10 +194,32 @@ const LOOK_FOR_TERMINAL: Duration = Duration::from_secs(1);
 /// A serial port that writes to whatever it is connected to.
 pub type SerialPort = Com1<Box<dyn Write + Send>>;
 
+/// Where a guest gets from what is typed. No call waits: the main loop must stay able to end the machine.
+pub trait GuestInput: Send + Sync {
+    /// Offers bytes; returns how many were taken.
+    fn offer(&self, bytes: &[u8]) -> usize;
+
+    /// The terminal has got another size.
+    fn resized(&self) {}
+}
+
+impl GuestInput for Mutex<SerialPort> {
+    /// A port that is busy, maybe waiting for a reader of its output, takes nothing.
+    fn offer(&self, bytes: &[u8]) -> usize {
+        match self.try_lock() {
+            Ok(mut port) => port.input(bytes),
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().input(bytes),
+            Err(TryLockError::WouldBlock) => 0,
+        }
+    }
+}
+
 /// The user's side of a machine.
 pub struct Console {
     /// The serial port.
     pub com1: Shared<SerialPort>,
+    /// Who gets what is typed.
+    pub input: Arc<dyn GuestInput>,
     /// Signalled when the guest has read all input.
     pub drained: Event,
     /// Stops the machine.
@@ -252,7 +278,7 @@ impl Console {
             }
             let [_, signalled, emptied, typed] = fds.map(|fd| !fd.revents().is_empty());
             if signalled {
-                take_signals(signals, &self.stopper, raw.as_mut());
+                take_signals(signals, self, raw.as_mut());
             }
             if away && let Some(raw) = &mut raw {
                 resume(raw);
@@ -264,7 +290,7 @@ impl Console {
                 input.read(&self.stopper);
             }
             if !input.pending.is_empty() {
-                input.offer(&self.com1);
+                input.offer(&*self.input);
             }
             if let Some((at, late)) = &deadline
                 && Instant::now() >= *at
@@ -282,13 +308,20 @@ fn timespec(duration: Option<Duration>) -> Option<Timespec> {
 
 fn take_signals(
     signals: &mut Signals,
-    stopper: &Stopper,
+    console: &Console,
     raw: Option<&mut RawMode<BorrowedFd<'static>>>,
 ) {
     let pending: Vec<_> = signals.delivery.pending().collect();
     if let Some(&signal) = pending.iter().find(|signal| ENDING.contains(signal)) {
-        stopper.stop(StopReason::Signal(signal));
-    } else if let Some(raw) = raw {
+        console.stopper.stop(StopReason::Signal(signal));
+        return;
+    }
+    if pending.contains(&SIGWINCH) {
+        console.input.resized();
+    }
+    if pending.contains(&SIGCONT)
+        && let Some(raw) = raw
+    {
         // Continued after a stop.
         resume(raw);
     }

@@ -6,13 +6,14 @@
 //! more than the file has and takes no more memory than the guest has RAM.
 //!
 //! ```no_run
-//! # use hv_cli::loader::{Format, Image, LoadRequest, MemoryMap, load};
+//! # use hv_cli::loader::{Format, Image, LINUX_CMDLINE, LoadRequest, MemoryMap, load};
 //! # fn example(memory: &vm_memory::GuestMemoryMmap) -> Result<(), Box<dyn std::error::Error>> {
 //! let kernel = Image::open("vmlinux".as_ref())?;
 //! let map = MemoryMap::new(memory, &[]);
 //! let request = LoadRequest {
 //!     format: Format::Auto,
-//!     cmdline: Some("console=ttyS0"),
+//!     cmdline: None,
+//!     linux_cmdline: LINUX_CMDLINE,
 //!     initrd: None,
 //!     map: &map,
 //!     rsdp: None,
@@ -70,6 +71,9 @@ use space::Space;
 /// the VM instead of hanging it.
 pub const LINUX_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
 
+/// The same with the console on virtio.
+pub const LINUX_CMDLINE_HVC0: &str = "console=hvc0 reboot=k panic=-1";
+
 /// The longest command line passed to a kernel that sets no limit itself, without the NUL.
 const CMDLINE_LIMIT: usize = 4095;
 
@@ -78,9 +82,11 @@ const CMDLINE_LIMIT: usize = 4095;
 pub struct LoadRequest<'a> {
     /// What the kernel is, or [`Format::Auto`].
     pub format: Format,
-    /// The kernel command line. Without one, Linux gets [`LINUX_CMDLINE`], any other kernel an
-    /// empty one.
+    /// The kernel command line. Without one, Linux gets [`linux_cmdline`](Self::linux_cmdline), any
+    /// other kernel an empty one.
     pub cmdline: Option<&'a str>,
+    /// [`LINUX_CMDLINE`] or [`LINUX_CMDLINE_HVC0`].
+    pub linux_cmdline: &'a str,
     /// The initial RAM disk, or the multiboot module.
     pub initrd: Option<&'a Image>,
     /// The map of the guest memory that is loaded into.
@@ -142,7 +148,7 @@ fn load_bzimage<M: GuestMemoryBackend>(
     request: &LoadRequest<'_>,
 ) -> Result<BootState, Problem> {
     let entered = image.load(kernel, space)?;
-    let cmdline = request.cmdline.unwrap_or(LINUX_CMDLINE);
+    let cmdline = request.cmdline.unwrap_or(request.linux_cmdline);
     let info = put_extras(space, request, cmdline, image.cmdline_limit(), image.initrd_end())?;
     let params = linux::put_boot_params(space, image.header(), &info)?;
     boot_state(space, entered, params, info)
@@ -159,7 +165,7 @@ fn load_linux<M: GuestMemoryBackend>(
     }
     let entry = elf.entry()?;
     let entered = Entered { protocol: Protocol::Linux64, entry, kernel: elf.load(kernel, space)? };
-    let cmdline = request.cmdline.unwrap_or(LINUX_CMDLINE);
+    let cmdline = request.cmdline.unwrap_or(request.linux_cmdline);
     let info = put_extras(space, request, cmdline, linux::CMDLINE_LIMIT, u64::MAX)?;
     let params = linux::put_boot_params(space, linux::synthetic_header(), &info)?;
     boot_state(space, entered, params, info)
@@ -173,8 +179,11 @@ fn load_pvh<M: GuestMemoryBackend>(
 ) -> Result<BootState, Problem> {
     let entry = elf.pvh_entry()?;
     let entered = Entered { protocol: Protocol::Pvh, entry, kernel: elf.load(kernel, space)? };
-    let (default, limit) =
-        if elf.is_linux { (LINUX_CMDLINE, linux::CMDLINE_LIMIT) } else { ("", CMDLINE_LIMIT) };
+    let (default, limit) = if elf.is_linux {
+        (request.linux_cmdline, linux::CMDLINE_LIMIT)
+    } else {
+        ("", CMDLINE_LIMIT)
+    };
     let info = put_extras(space, request, request.cmdline.unwrap_or(default), limit, u64::MAX)?;
     let start_info = pvh::put_start_info(space, &info)?;
     boot_state(space, entered, start_info, info)

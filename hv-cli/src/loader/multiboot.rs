@@ -243,6 +243,7 @@ mod tests {
             cmdline: Some("-v 3"),
             initrd: Some(&module),
             map: &map,
+            linux_cmdline: crate::loader::LINUX_CMDLINE,
             rsdp: None,
         };
         let boot = load(&memory, &image(&elf.build()), &request).unwrap();

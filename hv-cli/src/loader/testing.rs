@@ -28,7 +28,14 @@ pub(super) fn load_plain(
     bytes: &[u8],
 ) -> Result<BootState, LoadError> {
     let map = MemoryMap::new(memory, &[]);
-    let request = LoadRequest { format, cmdline: None, initrd: None, map: &map, rsdp: None };
+    let request = LoadRequest {
+        format,
+        cmdline: None,
+        initrd: None,
+        map: &map,
+        linux_cmdline: LINUX_CMDLINE,
+        rsdp: None,
+    };
     load(memory, &image(bytes), &request)
 }
 

@@ -24,7 +24,14 @@ fn boot_with<'a>(
     let map = MemoryMap::new(memory, &[RESERVED]);
     let rsdp = Some(RSDP);
     let cmdline = cmdline.into();
-    let request = LoadRequest { format, cmdline, initrd: Some(&initrd), map: &map, rsdp };
+    let request = LoadRequest {
+        format,
+        cmdline,
+        initrd: Some(&initrd),
+        map: &map,
+        linux_cmdline: LINUX_CMDLINE,
+        rsdp,
+    };
     load(memory, &image(kernel), &request)
 }
 
@@ -181,8 +188,14 @@ fn a_flat_binary_is_entered_where_it_is_loaded() {
     assert_eq!(given.problem, Problem::FlatTakesNothing { what: "an initrd" });
     let map = MemoryMap::new(&memory, &[]);
     let cmdline = Some("quiet");
-    let request =
-        LoadRequest { format: Format::Flat, cmdline, initrd: None, map: &map, rsdp: None };
+    let request = LoadRequest {
+        format: Format::Flat,
+        cmdline,
+        initrd: None,
+        map: &map,
+        linux_cmdline: LINUX_CMDLINE,
+        rsdp: None,
+    };
     let given = load(&memory, &image(b"\xf4"), &request).unwrap_err();
     assert_eq!(given.problem, Problem::FlatTakesNothing { what: "a command line" });
 }
@@ -237,8 +250,14 @@ fn more_ranges_than_the_boot_parameters_hold_are_an_error() {
     let reserved: Vec<_> =
         (0..200).map(|at| (20 * MIB + at * 8192)..(20 * MIB + at * 8192 + 1)).collect();
     let map = MemoryMap::new(&memory, &reserved);
-    let request =
-        LoadRequest { format: Format::Auto, cmdline: None, initrd: None, map: &map, rsdp: None };
+    let request = LoadRequest {
+        format: Format::Auto,
+        cmdline: None,
+        initrd: None,
+        map: &map,
+        linux_cmdline: LINUX_CMDLINE,
+        rsdp: None,
+    };
     let error = load(&memory, &image(&ElfImage::new(linux_note()).build()), &request).unwrap_err();
     assert!(matches!(error.problem, Problem::TooManyRanges { limit: 128, .. }), "{error}");
 }
@@ -285,7 +304,14 @@ fn check_hostile(format: Format, kernel: &[u8]) {
     let initrd = Image::from_bytes("initrd", vec![1; 5000]).unwrap();
     let initrd = (format != Format::Flat).then_some(&initrd);
     let cmdline = (format != Format::Flat).then_some("quiet");
-    let request = LoadRequest { format, cmdline, initrd, map: &map, rsdp: Some(RSDP) };
+    let request = LoadRequest {
+        format,
+        cmdline,
+        initrd,
+        map: &map,
+        linux_cmdline: LINUX_CMDLINE,
+        rsdp: Some(RSDP),
+    };
     let Ok(boot) = load(&memory, &image(kernel), &request) else { return };
     assert!(boot.kernel.contains(&boot.entry), "{boot:?}");
     let inside = |range: &Range<u64>| range.start < range.end && range.end <= 32 * MIB;

@@ -14,6 +14,7 @@ use vm_memory::GuestAddress;
 use super::Machine;
 use super::built_in::{Parts, PartsError};
 use super::bus::{Bus, BusError, Device};
+use super::connected::{self, Connected};
 use super::cpu::{CpuidConfig, cpuid, set_firmware_state};
 use super::devices::{self, Devices, DevicesError};
 use super::exits::Outside;
@@ -24,7 +25,7 @@ use super::stop::Stopper;
 use super::vcpu::VcpuThread;
 use crate::acpi::{self, AcpiConfig, AcpiError, AcpiPci};
 use crate::complete::Completer;
-use crate::config::{DeviceOption, IrqchipMode, KernelConfig, RunConfig};
+use crate::config::{ConsoleChoice, DeviceOption, IrqchipMode, KernelConfig, RunConfig};
 use crate::console::{Console, Wire};
 use crate::devices::{
     Com1, DebugExit, I8042, Latch, PageRemap, PowerControl, ResetPort, Rtc, Scratch, SetIrq,
@@ -136,7 +137,7 @@ where
         if images.is_none() && config.cpus > MAX_BUILT_IN_CPUS {
             return Err(BuildError::TooManyForBuiltIn(config.cpus));
         }
-        let virtio = devices::open(&config.virtio)?;
+        let mut virtio = devices::open(&config.virtio)?;
         let ram = Arc::new(ram::ram(config, host)?);
         let mut init = init_config(config, &ram);
         let parts = if images.is_none() { Some(Parts::new()?) } else { None };
@@ -147,20 +148,36 @@ where
         let (hypervisor, vm, record) = init::init(open, &init)?.into_parts();
         let vm = Arc::new(vm);
 
+        let drained = event()?;
+        let Connected { devices: connected, input } =
+            connected::open(&config.virtio, &drained).map_err(DevicesError::Connected)?;
+        virtio.extend(connected);
+
         let interrupts = Interrupts::new(vm.clone(), &record)?;
         let devices = Devices::new(virtio, &vm, &record, ram.memory(), host, &interrupts)?;
         let stopper = Stopper::new(event()?);
         let checks = parts
             .map(|parts| parts.checks(interrupts.router(), &record, config.cpus, &stopper))
             .transpose()?;
-        let wire = Wire::new(stopper.clone());
+        let wire = match config.virtio.console {
+            ConsoleChoice::Serial => Wire::new(stopper.clone()),
+            ConsoleChoice::Hvc0 => Wire::to_stderr(stopper.clone()),
+        };
         let out: Box<dyn Write + Send> = match &checks {
             Some(checks) if config.json => Box::new(checks.com1(io::sink())),
             Some(checks) => Box::new(checks.com1(wire)),
             None => Box::new(wire),
         };
         // The built-in guest checks COM1 by itself: what is typed would only be in its way.
-        let console = console(&interrupts, &stopper, out, checks.is_none())?;
+        let irq = interrupts.edge(layout::COM1_IRQ)?;
+        let com1 = Arc::new(Mutex::new(Com1::new(irq, drained.clone(), out)));
+        let console = Console {
+            input: input.unwrap_or_else(|| com1.clone()),
+            com1,
+            drained,
+            stopper: stopper.clone(),
+            takes_input: checks.is_none(),
+        };
         let mut outside = Outside::default();
         let kernel_irqchip = matches!(record.irqchip, Irqchip::Kernel { .. });
         let power = PowerControl::new(stopper.clone(), interrupts.lines());
@@ -256,21 +273,6 @@ fn event() -> Result<Event, BuildError> {
 
 fn eventfd(error: io::Error) -> BuildError {
     BuildError::Eventfd(hv_core::Errno::from(&error))
-}
-
-fn console<V>(
-    interrupts: &Interrupts<V>,
-    stopper: &Stopper,
-    out: Box<dyn Write + Send>,
-    takes_input: bool,
-) -> Result<Console, BuildError>
-where
-    V: hv_core::IrqBackend + Send + Sync + 'static,
-{
-    let drained = event()?;
-    let irq = interrupts.edge(layout::COM1_IRQ)?;
-    let com1 = Arc::new(Mutex::new(Com1::new(irq, drained.clone(), out)));
-    Ok(Console { com1, drained, stopper: stopper.clone(), takes_input })
 }
 
 /// Puts a device of its own on `bus`.
@@ -400,6 +402,10 @@ fn load(
     let request = LoadRequest {
         format: kernel.format,
         cmdline: kernel.cmdline.as_deref(),
+        linux_cmdline: match config.virtio.console {
+            ConsoleChoice::Serial => loader::LINUX_CMDLINE,
+            ConsoleChoice::Hvc0 => loader::LINUX_CMDLINE_HVC0,
+        },
         initrd: images.initrd.as_ref(),
         map: &map,
         rsdp: Some(rsdp),

@@ -43,6 +43,9 @@ pub enum DevicesError {
     /// Interrupts could not be set up.
     #[error("PCI interrupts: {0}")]
     Interrupts(#[from] RouterError),
+    /// The console can't be had.
+    #[error("--console hvc0: {0}")]
+    Connected(std::io::Error),
     /// This KVM can't raise message-signalled interrupts by eventfds.
     #[error("virtio devices need interrupts by eventfd (KVM_CAP_IRQFD), which this KVM lacks")]
     NoIrqfds,

@@ -3,6 +3,7 @@
 pub mod build;
 mod built_in;
 pub mod bus;
+mod connected;
 mod control;
 pub mod cpu;
 pub mod crash;

@@ -108,6 +108,17 @@ pub trait VirtioDevice: Send + 'static {
         Ok(())
     }
 
+    /// The machine ends, and its vCPUs have stopped: what the driver asked for and did not wait for, such
+    /// as its last output, can be done now. Called in a session only, and followed by
+    /// [`reset`](Self::reset). What takes long is given up.
+    ///
+    /// # Errors
+    /// As [`queue_ready`](Self::queue_ready).
+    fn finish(&mut self, session: &mut Session) -> Result<(), DeviceError> {
+        let _ = session;
+        Ok(())
+    }
+
     /// The session ends. When this returns, the device does nothing to guest memory any more: what is
     /// under way was waited for or cancelled, and requests it still has are dropped.
     fn reset(&mut self) {}

@@ -27,6 +27,7 @@
 
 mod blk;
 mod config;
+mod console;
 mod counters;
 mod device;
 mod interrupts;
@@ -40,6 +41,7 @@ mod worker;
 
 pub use blk::{Blk, DiskError};
 pub use config::DeviceConfig;
+pub use console::{ConsoleDevice, ConsoleInput, ConsoleOutput};
 pub use counters::{CounterValues, Counters};
 pub use device::{DeviceError, VirtioDevice};
 pub use interrupts::DeviceInterrupts;

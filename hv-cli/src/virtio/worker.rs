@@ -298,7 +298,10 @@ impl Thread {
             match self.commands.try_recv() {
                 Ok(Command::Reset) => return Ok(End::Reset),
                 Ok(Command::Activate { .. }) | Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => return Ok(End::Stop),
+                Err(TryRecvError::Disconnected) => {
+                    self.call(session, |device, session| device.finish(session))?;
+                    return Ok(End::Stop);
+                }
             }
             if self.parts.config.take_written() {
                 self.call(session, |device, session| device.config_written(session))?;

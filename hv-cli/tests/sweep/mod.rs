@@ -169,20 +169,10 @@ pub(crate) fn run<H: Host>(host: &H) -> usize {
             machine(h, run, IrqchipMode::Split, VirtioConfig::default())
         }),
         ("the machine of hv, virtio", |h, run| {
-            machine(
-                h,
-                run,
-                IrqchipMode::Kernel,
-                VirtioConfig { rng: true, ..VirtioConfig::default() },
-            )
+            machine(h, run, IrqchipMode::Kernel, VirtioConfig { rng: true, ..Default::default() })
         }),
         ("the machine of hv, virtio, split irqchip", |h, run| {
-            machine(
-                h,
-                run,
-                IrqchipMode::Split,
-                VirtioConfig { rng: true, ..VirtioConfig::default() },
-            )
+            machine(h, run, IrqchipMode::Split, VirtioConfig { rng: true, ..Default::default() })
         }),
     ];
     let mut all = 0;

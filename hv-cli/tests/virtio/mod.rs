@@ -506,3 +506,31 @@ impl Ring {
         (read(at), read(at + 4))
     }
 }
+
+impl Driver<'_> {
+    /// From a reset to a device with these queues, without vectors: whoever looks has to poll.
+    pub(crate) fn start_all(&self, features: u64, rings: &[&Ring]) {
+        self.reset();
+        self.negotiate(features);
+        for (index, ring) in (0..).zip(rings) {
+            ring.clear();
+            self.set_up_queue(index, ring, 0xffff);
+        }
+        self.driver_ok();
+    }
+
+    /// Offers a request of one buffer by descriptor `head`, and rings.
+    pub(crate) fn offer(&self, queue: u16, ring: &Ring, head: u16, buffer: (u64, u32, u16)) {
+        let (address, len, flags) = buffer;
+        ring.descriptor(head, address, len, flags, 0);
+        ring.offer(head);
+        self.ring(queue);
+    }
+}
+
+impl Ring {
+    /// Waits until so many requests were completed since the ring was made.
+    pub(crate) fn wait_for_used(&self, n: u16) {
+        wait_for("a completed request", || self.used_index() == n);
+    }
+}
