@@ -10,7 +10,7 @@ use hv_core::DeviceChoice;
 
 use crate::config::{
     ConsoleChoice, DeviceOption, DiskConfig, GdbConfig, HugePagesOption, IrqchipMode, KernelConfig,
-    MemoryBacking, MemorySize, NetConfig, RunConfig, VirtioConfig,
+    MemoryBacking, MemorySize, NetConfig, RunConfig, VirtioConfig, VsockConfig,
 };
 use crate::exit_code::ExitCode;
 use crate::gdb::GdbAddress;
@@ -48,6 +48,7 @@ Examples:
   hv run --kernel vmlinux --rng --stats-json stats.json
   hv run --kernel vmlinux --initrd initramfs.cpio --net user
   hv run --kernel vmlinux --initrd initramfs.cpio --console hvc0
+  hv run --kernel vmlinux --vsock cid=3,uds=vm.vsock
   hv run --trace calls.jsonl              what is asked of KVM, and how long it takes
   hv run --record run.jsonl               the same run again without KVM: for replay in tests
   hv run --kernel vmlinux --gdb unix:vm.gdb --gdb-wait
@@ -206,11 +207,23 @@ struct VirtioArgs {
     /// Which device has the terminal
     #[arg(long, value_enum, default_value_t, requires = "kernel")]
     console: ConsoleChoice,
+
+    /// Streams between the guest, whose address (CID) is N, and the host. Connect to the unix socket
+    /// PATH and write CONNECT and a port of the guest; what the guest connects to, port P of CID 2, is
+    /// the socket PATH_P
+    #[arg(long, value_name = "cid=N,uds=PATH")]
+    vsock: Option<VsockConfig>,
 }
 
 impl VirtioArgs {
     fn into_config(self) -> VirtioConfig {
-        VirtioConfig { rng: self.rng, console: self.console, disks: self.disks, nets: self.nets }
+        VirtioConfig {
+            rng: self.rng,
+            console: self.console,
+            disks: self.disks,
+            nets: self.nets,
+            vsock: self.vsock,
+        }
     }
 }
 

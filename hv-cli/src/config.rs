@@ -4,6 +4,7 @@
 
 mod disk;
 mod net;
+mod vsock;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use crate::loader::Format;
 
 pub use disk::{CacheMode, DiskConfig, DiskIo, ParseDiskError};
 pub use net::{MacAddress, NetBackend, NetConfig, ParseNetError};
+pub use vsock::{ParseVsockError, VsockConfig};
 
 /// A machine to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +68,8 @@ pub struct VirtioConfig {
     pub nets: Vec<NetConfig>,
     /// Where the console is.
     pub console: ConsoleChoice,
+    /// A socket device.
+    pub vsock: Option<VsockConfig>,
 }
 
 /// Which device has the standard input and output.

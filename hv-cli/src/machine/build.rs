@@ -91,7 +91,7 @@ impl BuildError {
             | Self::Bus(_)
             | Self::NoRam(_)
             | Self::Acpi(_)
-            | Self::Devices(DevicesError::Pci(_) | DevicesError::Net(_))
+            | Self::Devices(DevicesError::Pci(_) | DevicesError::Net(_) | DevicesError::Vsock(_))
             | Self::TooManyForBuiltIn(_) => true,
             Self::Devices(DevicesError::Disk(error)) => error.is_usage(),
             Self::Init(error) => error.step == init::Step::VcpuLimits,

@@ -23,6 +23,7 @@ use crate::pci::{Ecam, PciBus, PciError, Window, Windows};
 use crate::stats::DeviceStats;
 use crate::virtio::{
     Blk, Counters, DiskError, Net, NetError, Platform, Rng, VirtioDevice, VirtioError, VirtioPci,
+    Vsock, VsockError,
 };
 
 /// Why the devices can't be had.
@@ -43,6 +44,9 @@ pub enum DevicesError {
     /// Interrupts could not be set up.
     #[error("PCI interrupts: {0}")]
     Interrupts(#[from] RouterError),
+    /// There can't be a way to the guest's sockets.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// The console can't be had.
     #[error("--console hvc0: {0}")]
     Connected(std::io::Error),
@@ -84,6 +88,9 @@ pub(super) fn open(config: &VirtioConfig) -> Result<Vec<Named>, DevicesError> {
     }
     for (index, net) in config.nets.iter().enumerate() {
         devices.push((format!("net{index}"), Box::new(Net::open(net)?)));
+    }
+    if let Some(vsock) = &config.vsock {
+        devices.push(("vsock0".to_owned(), Box::new(Vsock::new(vsock.cid, &vsock.path)?)));
     }
     Ok(devices)
 }

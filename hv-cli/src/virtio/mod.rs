@@ -37,6 +37,7 @@ mod queue;
 mod rng;
 mod session;
 mod transport;
+mod vsock;
 mod worker;
 
 pub use blk::{Blk, DiskError};
@@ -52,6 +53,7 @@ pub use queue::{Buffer, Chain, ChainError, QueueError, Virtqueue};
 pub use rng::Rng;
 pub use session::Session;
 pub use transport::{Platform, VirtioError, VirtioPci, registers};
+pub use vsock::{Vsock, VsockError};
 
 use std::sync::Arc;
 
