@@ -164,6 +164,32 @@ impl GuestRam {
         mapping.remap(page).map_err(|error| RamError::Map { range: *range, error })
     }
 
+    /// Gives the whole pages of RAM among `len` bytes from `start` back to the host
+    /// ([`Mapping::discard`]), and returns their bytes: fewer than asked for where there is no RAM, or none
+    /// that can be given back.
+    ///
+    /// # Errors
+    /// Those of `madvise(2)`. What comes before in the order of addresses was given back.
+    pub fn discard(&self, start: GuestAddress, len: u64) -> Result<u64, RamError> {
+        let end = start.0.saturating_add(len);
+        let mut bytes = 0;
+        for (range, mapping) in &self.mappings {
+            let first = range.start().0;
+            let (from, to) = (start.0.max(first), end.min(first.saturating_add(range.len())));
+            if from < to {
+                let discarded = mapping.discard(from - first, to - from);
+                bytes += discarded.map_err(|error| RamError::Map { range: *range, error })?;
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Whether all of it can be given back.
+    #[must_use]
+    pub fn can_discard(&self) -> bool {
+        self.mappings.iter().all(|(_, mapping)| mapping.can_discard())
+    }
+
     /// The slots that give it to a guest, with ids from 0 in the order of guest addresses.
     #[must_use]
     pub fn slots(&self) -> &[MemorySlot] {

@@ -252,6 +252,11 @@ impl BackingFile {
         self.file_system.page
     }
 
+    /// Whether a hole in it may find no room when it is filled.
+    pub(super) fn can_be_full(&self) -> bool {
+        self.file_system.can_be_full
+    }
+
     pub(super) fn file_offset(&self) -> FileOffset {
         FileOffset::from_arc(self.file.clone(), self.offset)
     }

@@ -3,6 +3,7 @@
 //! A [`Backing`] says it, [`Backing::map`] makes a [`Mapping`] of it. Only `pages` has `unsafe`.
 //! Nothing here knows of guests or slots.
 
+mod discard;
 mod error;
 mod file;
 mod huge;

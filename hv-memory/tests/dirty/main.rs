@@ -10,6 +10,7 @@
 //!
 //! `PROPTEST_CASES=1000000 cargo test -p hv-memory --release --test dirty` runs a million.
 
+mod discarded;
 mod failing;
 mod kvm;
 mod meanwhile;

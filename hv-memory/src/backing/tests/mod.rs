@@ -1,6 +1,7 @@
 //! Kinds of memory, its guards and how long it lives. Files, what depends on the host, and populating
 //! are beside this.
 
+mod discard;
 mod files;
 mod host;
 mod prefault;
