@@ -49,6 +49,7 @@ Examples:
   hv run --kernel vmlinux --initrd initramfs.cpio --net user
   hv run --kernel vmlinux --initrd initramfs.cpio --console hvc0
   hv run --kernel vmlinux --vsock cid=3,uds=vm.vsock
+  hv run --kernel vmlinux --memory 1G --balloon 256M
   hv run --trace calls.jsonl              what is asked of KVM, and how long it takes
   hv run --record run.jsonl               the same run again without KVM: for replay in tests
   hv run --kernel vmlinux --gdb unix:vm.gdb --gdb-wait
@@ -213,6 +214,11 @@ struct VirtioArgs {
     /// the socket PATH_P
     #[arg(long, value_name = "cid=N,uds=PATH")]
     vsock: Option<VsockConfig>,
+
+    /// A memory balloon, which the guest is asked to fill with SIZE of its memory (without SIZE: nothing).
+    /// What is in it, and what the guest reports as free, is given back to the host
+    #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "0")]
+    balloon: Option<MemorySize>,
 }
 
 impl VirtioArgs {
@@ -223,6 +229,7 @@ impl VirtioArgs {
             disks: self.disks,
             nets: self.nets,
             vsock: self.vsock,
+            balloon: self.balloon,
         }
     }
 }

@@ -70,6 +70,8 @@ pub struct VirtioConfig {
     pub console: ConsoleChoice,
     /// A socket device.
     pub vsock: Option<VsockConfig>,
+    /// A memory balloon, and how large it is to be at first.
+    pub balloon: Option<MemorySize>,
 }
 
 /// Which device has the standard input and output.

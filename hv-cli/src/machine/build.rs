@@ -91,7 +91,12 @@ impl BuildError {
             | Self::Bus(_)
             | Self::NoRam(_)
             | Self::Acpi(_)
-            | Self::Devices(DevicesError::Pci(_) | DevicesError::Net(_) | DevicesError::Vsock(_))
+            | Self::Devices(
+                DevicesError::Pci(_)
+                | DevicesError::Net(_)
+                | DevicesError::Vsock(_)
+                | DevicesError::Balloon { .. },
+            )
             | Self::TooManyForBuiltIn(_) => true,
             Self::Devices(DevicesError::Disk(error)) => error.is_usage(),
             Self::Init(error) => error.step == init::Step::VcpuLimits,
@@ -149,8 +154,8 @@ where
         let vm = Arc::new(vm);
 
         let drained = event()?;
-        let Connected { devices: connected, input } =
-            connected::open(&config.virtio, &drained).map_err(DevicesError::Connected)?;
+        let Connected { devices: connected, input, balloon } =
+            connected::open(config, &drained, &ram)?;
         virtio.extend(connected);
 
         let interrupts = Interrupts::new(vm.clone(), &record)?;
@@ -246,6 +251,7 @@ where
             debugger,
             button,
             made: Instant::now(),
+            balloon,
             stopper,
             interrupts,
             ram,

@@ -3,6 +3,7 @@
 //! A machine that is given no such device has no bus either: it makes the same calls, and shows its
 //! guest the same, as before there were any.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use super::bus::BusError;
 use super::exits::Outside;
 use super::host::HostFacts;
 use super::interrupts::Interrupts;
-use crate::config::VirtioConfig;
+use crate::config::{MemorySize, VirtioConfig};
 use crate::layout;
 use crate::pci::{Ecam, PciBus, PciError, Window, Windows};
 use crate::stats::DeviceStats;
@@ -47,9 +48,17 @@ pub enum DevicesError {
     /// There can't be a way to the guest's sockets.
     #[error(transparent)]
     Vsock(#[from] VsockError),
-    /// The console can't be had.
-    #[error("--console hvc0: {0}")]
-    Connected(std::io::Error),
+    /// More is to be in the balloon than there is.
+    #[error("--balloon {asked} is more than --memory {memory}: ask for less")]
+    Balloon {
+        /// What was asked for.
+        asked: MemorySize,
+        /// What there is.
+        memory: MemorySize,
+    },
+    /// There is no descriptor for one of them.
+    #[error("virtio devices: {0}; raise the limit of open files (ulimit -n)")]
+    System(#[from] io::Error),
     /// This KVM can't raise message-signalled interrupts by eventfds.
     #[error("virtio devices need interrupts by eventfd (KVM_CAP_IRQFD), which this KVM lacks")]
     NoIrqfds,

@@ -33,6 +33,7 @@ use crate::gdb::Debugger;
 use crate::guest::{self, Checks};
 use crate::stats::DeviceStats;
 use crate::terminal::TerminalError;
+use crate::virtio::BalloonTarget;
 use control::{Counting, MachineControl};
 use crash::CrashReport;
 use devices::Devices;
@@ -52,6 +53,7 @@ pub struct Machine<H: Hypervisor> {
     debugger: Option<Debugger<<H::Vm as Vm>::Vcpu>>,
     button: Button,
     made: Instant,
+    balloon: Option<BalloonTarget>,
     stopper: Stopper,
     interrupts: Interrupts<H::Vm>,
     ram: Arc<GuestRam>,
@@ -144,6 +146,11 @@ where
     /// How the machine is stopped.
     pub fn stopper(&self) -> &Stopper {
         &self.stopper
+    }
+
+    /// The handle on the memory balloon, if there is one.
+    pub fn balloon(&self) -> Option<&BalloonTarget> {
+        self.balloon.as_ref()
     }
 
     /// How long the guest may take, if there is a limit. A debugger takes its time, and a pause.

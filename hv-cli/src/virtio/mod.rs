@@ -25,6 +25,7 @@
 //! At the end of the machine, after its vCPUs, each thread is told to stop and joined. A device must
 //! therefore not block without bound in any of its methods.
 
+mod balloon;
 mod blk;
 mod config;
 mod console;
@@ -40,6 +41,7 @@ mod transport;
 mod vsock;
 mod worker;
 
+pub use balloon::{BALLOON_PAGE, Balloon, BalloonTarget};
 pub use blk::{Blk, DiskError};
 pub use config::DeviceConfig;
 pub use console::{ConsoleDevice, ConsoleInput, ConsoleOutput};

@@ -66,6 +66,7 @@ pub(crate) type CountedVm = LayeredVm<FakeVm, Trace>;
 pub(crate) struct Machine {
     pub(crate) bus: Arc<PciBus>,
     pub(crate) memory: Memory,
+    pub(crate) ram: Arc<GuestRam>,
     pub(crate) view: VmView,
     pub(crate) ioeventfds: Arc<IoEventRegistry<CountedVm>>,
     router: IrqRouter<CountedVm>,
@@ -113,6 +114,7 @@ impl Machine {
         Self {
             bus: Arc::new(PciBus::new(windows)),
             memory: Arc::new(ram.memory().clone()),
+            ram: Arc::new(ram),
             view,
             ioeventfds: Arc::new(IoEventRegistry::new(vm.clone())),
             router: IrqRouter::new(vm.clone(), config).unwrap(),
