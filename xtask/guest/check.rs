@@ -6,13 +6,19 @@ use core::ffi::CStr;
 use super::disk::disk;
 use super::net::net;
 use super::sys::{self, O_RDONLY, nr};
-use super::{Console, decimal};
+use super::{Console, balloon, decimal, vsock};
 
 /// What a check found, or did when it failed and with which errno (0: without one).
 pub type Found = Result<&'static [u8], (&'static [u8], usize)>;
 
 /// All checks there are.
-const CHECKS: &[(&[u8], fn() -> Found)] = &[(b"rng", rng), (b"disk", disk), (b"net", net)];
+const CHECKS: &[(&[u8], fn() -> Found)] = &[
+    (b"rng", rng),
+    (b"disk", disk),
+    (b"net", net),
+    (b"vsock", vsock::check),
+    (b"balloon", balloon::check),
+];
 
 /// Makes the checks with these names, separated by commas, and shows the interrupts of virtio.
 pub fn run(console: &Console, names: &[u8]) {

@@ -27,10 +27,12 @@
 #![no_main]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod balloon;
 mod check;
 mod disk;
 mod net;
 mod sys;
+mod vsock;
 
 use core::arch::global_asm;
 use core::panic::PanicInfo;

@@ -11,9 +11,13 @@ pub mod nr {
     pub const CLOSE: usize = 3;
     pub const LSEEK: usize = 8;
     pub const IOCTL: usize = 16;
+    pub const NANOSLEEP: usize = 35;
     pub const GETPID: usize = 39;
     pub const SOCKET: usize = 41;
     pub const CONNECT: usize = 42;
+    pub const ACCEPT: usize = 43;
+    pub const BIND: usize = 49;
+    pub const LISTEN: usize = 50;
     pub const EXIT: usize = 60;
     pub const UNAME: usize = 63;
     pub const FSYNC: usize = 74;
@@ -26,6 +30,7 @@ pub mod nr {
 pub const EINTR: usize = 4;
 const EBUSY: usize = 16;
 pub const O_RDONLY: usize = 0;
+pub const O_WRONLY: usize = 1;
 pub const O_RDWR: usize = 2;
 pub const O_CREAT: usize = 0o100;
 pub const O_NOCTTY: usize = 0o400;
@@ -47,6 +52,27 @@ pub fn read_file<'a>(path: &CStr, buffer: &'a mut [u8]) -> &'a [u8] {
     let len = read(fd, buffer).unwrap_or(0);
     let _ = call(nr::CLOSE, [fd, 0, 0, 0, 0]);
     buffer.get(..len).unwrap_or_default()
+}
+
+pub fn close(fd: usize) {
+    let _ = call(nr::CLOSE, [fd, 0, 0, 0, 0]);
+}
+
+/// Writes all of it.
+pub fn write_all(fd: usize, mut bytes: &[u8]) -> Result<(), usize> {
+    while !bytes.is_empty() {
+        match call(nr::WRITE, [fd, bytes.as_ptr() as usize, bytes.len(), 0, 0]) {
+            Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
+            Err(EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+pub fn sleep_milliseconds(n: i64) {
+    let time: [i64; 2] = [n / 1000, n % 1000 * 1_000_000];
+    let _ = call(nr::NANOSLEEP, [time.as_ptr() as usize, 0, 0, 0, 0]);
 }
 
 pub fn mount(kind: &CStr, target: &CStr) -> Result<usize, usize> {

@@ -15,10 +15,12 @@ use crate::process;
 /// the others are its modules.
 pub(crate) const INIT: &[(&str, &str)] = &[
     ("init.rs", include_str!("../../guest/init.rs")),
+    ("balloon.rs", include_str!("../../guest/balloon.rs")),
     ("check.rs", include_str!("../../guest/check.rs")),
     ("disk.rs", include_str!("../../guest/disk.rs")),
     ("net.rs", include_str!("../../guest/net.rs")),
     ("sys.rs", include_str!("../../guest/sys.rs")),
+    ("vsock.rs", include_str!("../../guest/vsock.rs")),
 ];
 
 /// The arguments of `rustc` that make it a small static executable without libc.
@@ -55,6 +57,7 @@ pub(crate) fn make(scratch: &Path, out: &Path) -> Result<(), Error> {
     let mut archive = Archive::default();
     archive.add("dev", DIRECTORY, (0, 0), &[])?;
     archive.add("proc", DIRECTORY, (0, 0), &[])?;
+    archive.add("sys", DIRECTORY, (0, 0), &[])?;
     // The kernel opens it for PID 1 before anything is mounted.
     archive.add("dev/console", CHARACTER_DEVICE, (5, 1), &[])?;
     archive.add("init", EXECUTABLE, (0, 0), &init)?;
