@@ -11,6 +11,7 @@ mod virtio;
 use std::fs::OpenOptions;
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use common::{Running, artefact};
 use hv_cli::config::{NetBackend, NetConfig};
@@ -23,13 +24,16 @@ use vm_memory::{Bytes, GuestAddress};
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 mitigations=off noxsave rodata=off ip=dhcp \
     clearcpuid=cx16,smap,smep,umip,popcnt,movbe,fsgsbase,invpcid,pcid,rdrand,rdseed,pku hv.check=net";
 
+/// A kernel that runs in software takes minutes for all of its packets, more on a busy machine.
+const LIMIT: Duration = Duration::from_secs(1000);
+
 /// Linux in a namespace, with its network device and where its counters go.
 fn boot(namespace: &Namespace, net: &str, cpus: &str, stats: &str) -> Running {
     let (kernel, initrd) = (artefact("HV_GUEST_VMLINUX"), artefact("HV_GUEST_INITRD"));
     let mut hv = namespace.command(env!("CARGO_BIN_EXE_hv"));
     hv.args(["run", "--net", net, "--cpus", cpus, "--memory", "128M", "--stats-json", stats]);
     hv.args(["--cmdline", CMDLINE]).arg("--kernel").arg(kernel).arg("--initrd").arg(initrd);
-    Running::spawn(&mut hv)
+    Running::spawn(&mut hv).within(LIMIT)
 }
 
 /// To the guest's end. Its network device has worked without errors, and has the interrupts the guest saw.

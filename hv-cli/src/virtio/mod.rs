@@ -48,7 +48,7 @@ pub use console::{ConsoleDevice, ConsoleInput, ConsoleOutput};
 pub use counters::{CounterValues, Counters};
 pub use device::{DeviceError, VirtioDevice};
 pub use interrupts::DeviceInterrupts;
-pub use net::{Net, NetError};
+pub use net::{Net, NetError, PasstError};
 pub use poller::{Interest, Ready};
 use queue::Slice;
 pub use queue::{Buffer, Chain, ChainError, QueueError, Virtqueue};

@@ -66,6 +66,12 @@ impl Running {
         Self { child, stdout, stderr, seen: Vec::new(), told: Vec::new(), deadline }
     }
 
+    /// With another limit, from now on.
+    pub(crate) fn within(mut self, limit: Duration) -> Self {
+        self.deadline = Instant::now() + limit;
+        self
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }

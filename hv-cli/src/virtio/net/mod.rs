@@ -26,6 +26,7 @@ use virtio_bindings::virtio_net::{
 use super::{DeviceConfig, DeviceError, Interest, Ready, Session, VirtioDevice};
 pub use open::NetError;
 use passt::Passt;
+pub use passt::PasstError;
 use port::{Kind, Port, Sent};
 use receive::{Next, Receiver};
 use sys::Iovecs;
