@@ -93,7 +93,7 @@ impl Namespace {
         })
     }
 
-    /// The programs with this name that are in the namespace.
+    /// How many programs are in the namespace whose names begin so: passt becomes `passt.avx2` where it can.
     pub(crate) fn count(&self, name: &str) -> usize {
         let here = fs::read_link(self.path()).unwrap();
         let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| {
@@ -101,7 +101,7 @@ impl Namespace {
             let namespace = fs::read_link(process.join("ns/net")).ok()?;
             (namespace == here).then(|| fs::read_to_string(process.join("comm")).ok())?
         });
-        processes.filter(|comm| comm.trim_end() == name).count()
+        processes.filter(|comm| comm.starts_with(name)).count()
     }
 }
 
