@@ -264,20 +264,10 @@ impl Thread {
     }
 
     fn begin(&self, features: u64, setups: &[QueueSetup]) -> Result<Session, DeviceError> {
-        let Parts { memory, config, interrupts, counters, doorbells, .. } = &self.parts;
-        let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        let queue = |(index, setup): (u16, &QueueSetup)| {
-            let (memory, interrupts) = (memory.clone(), interrupts.clone());
-            Virtqueue::new(index, setup, event_idx, memory, interrupts, counters.clone())
-        };
-        let queues = (0..).zip(setups).map(queue).collect::<Result<_, _>>()?;
-        let shared = (memory.clone(), config.clone(), interrupts.clone(), counters.clone());
-        let (memory, config, interrupts, counters) = shared;
-        let session = Session::new(features, queues, memory, config, interrupts, counters)
-            .map_err(|error| host("waiting for events", &error))?;
+        let session = self.parts.session(features, setups)?;
         let watch = || {
             watch_always(&session.poller, &self.wake, self.parts.line_ended.as_ref())?;
-            let enabled = doorbells.iter().zip(&session.queues).zip(DOORBELLS..);
+            let enabled = self.parts.doorbells.iter().zip(&session.queues).zip(DOORBELLS..);
             enabled.filter(|((_, queue), _)| queue.is_enabled()).try_for_each(
                 |((doorbell, _), token)| session.poller.add(doorbell, token, Interest::READ),
             )
@@ -287,12 +277,7 @@ impl Thread {
     }
 
     fn work(&mut self, session: &mut Session) -> Result<End, DeviceError> {
-        // Whatever the driver wrote before is there when the device is activated.
-        let _ = self.parts.config.take_written();
-        self.call(session, |device, session| device.activate(session))?;
-        for index in 0..session.queues.len() {
-            self.queue_ready(session, index)?;
-        }
+        self.parts.activate(session)?;
         let mut ready = Vec::new();
         loop {
             match self.commands.try_recv() {
@@ -303,26 +288,20 @@ impl Thread {
                     return Ok(End::Stop);
                 }
             }
-            if self.parts.config.take_written() {
-                self.call(session, |device, session| device.config_written(session))?;
-            }
+            self.parts.config_written(session)?;
             let again = session.queues.iter().any(Virtqueue::has_more);
             let waited = session.poller.wait(again, &mut ready);
             waited.map_err(|error| host("waiting for events", &error))?;
             for &(token, what) in &ready {
                 if token >= DEVICE_TOKENS {
-                    self.call(session, |device, session| device.host_ready(session, what))?;
+                    self.parts.host_ready(session, what)?;
                 } else if let Some(index) = token.checked_sub(DOORBELLS) {
                     self.rung(session, index as usize)?;
                 } else {
                     self.always(token);
                 }
             }
-            for index in 0..session.queues.len() {
-                if session.queues.get(index).is_some_and(Virtqueue::has_more) {
-                    self.queue_ready(session, index)?;
-                }
-            }
+            self.parts.again(session)?;
         }
     }
 
@@ -330,13 +309,75 @@ impl Thread {
         match self.parts.doorbells.get(index).and_then(EventFd::take) {
             Some(count) => {
                 self.parts.counters.count_notifications(count);
-                self.queue_ready(session, index)
+                self.parts.queue_ready(session, index)
             }
             None => Ok(()),
         }
     }
+}
 
-    fn queue_ready(&mut self, session: &mut Session, index: usize) -> Result<(), DeviceError> {
+/// What a device is called for, whoever calls it.
+impl Parts {
+    /// What the device has from now on: the queues as the driver set them up.
+    pub(super) fn session(
+        &self,
+        features: u64,
+        setups: &[QueueSetup],
+    ) -> Result<Session, DeviceError> {
+        let Self { memory, config, interrupts, counters, .. } = self;
+        let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let queue = |(index, setup): (u16, &QueueSetup)| {
+            let (memory, interrupts) = (memory.clone(), interrupts.clone());
+            Virtqueue::new(index, setup, event_idx, memory, interrupts, counters.clone())
+        };
+        let queues = (0..).zip(setups).map(queue).collect::<Result<_, _>>()?;
+        let shared = (memory.clone(), config.clone(), interrupts.clone(), counters.clone());
+        let (memory, config, interrupts, counters) = shared;
+        Session::new(features, queues, memory, config, interrupts, counters)
+            .map_err(|error| host("waiting for events", &error))
+    }
+
+    /// The driver is ready: the device is activated, and told of what is in its queues.
+    pub(super) fn activate(&mut self, session: &mut Session) -> Result<(), DeviceError> {
+        // Whatever the driver wrote before is there when the device is activated.
+        let _ = self.config.take_written();
+        self.call(session, |device, session| device.activate(session))?;
+        (0..session.queues.len()).try_for_each(|index| self.queue_ready(session, index))
+    }
+
+    /// The driver may have written to the configuration space.
+    pub(super) fn config_written(&mut self, session: &mut Session) -> Result<(), DeviceError> {
+        if self.config.take_written() {
+            self.call(session, |device, session| device.config_written(session))?;
+        }
+        Ok(())
+    }
+
+    /// A descriptor of the device is ready.
+    pub(super) fn host_ready(
+        &mut self,
+        session: &mut Session,
+        ready: Ready,
+    ) -> Result<(), DeviceError> {
+        self.call(session, |device, session| device.host_ready(session, ready))
+    }
+
+    /// What was too much for the last call of the device.
+    pub(super) fn again(&mut self, session: &mut Session) -> Result<(), DeviceError> {
+        for index in 0..session.queues.len() {
+            if session.queues.get(index).is_some_and(Virtqueue::has_more) {
+                self.queue_ready(session, index)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A queue has requests, or may have.
+    pub(super) fn queue_ready(
+        &mut self,
+        session: &mut Session,
+        index: usize,
+    ) -> Result<(), DeviceError> {
         match session.queues.get_mut(index) {
             Some(queue) if queue.is_enabled() => queue.nothing_more(),
             _ => return Ok(()),
@@ -345,13 +386,13 @@ impl Thread {
     }
 
     /// Calls the device, and afterwards tells the driver of what it completed, even if it failed.
-    fn call(
+    pub(super) fn call(
         &mut self,
         session: &mut Session,
         call: impl FnOnce(&mut dyn VirtioDevice, &mut Session) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
         session.queues.iter_mut().for_each(Virtqueue::begin);
-        let result = call(&mut *self.parts.device, session);
+        let result = call(&mut *self.device, session);
         for queue in &mut session.queues {
             queue.signal()?;
         }

@@ -19,7 +19,7 @@ use crate::virtio::worker::{Parts, Worker};
 use crate::virtio::{Counters, DeviceConfig, DeviceError, DeviceInterrupts, Memory, VirtioDevice};
 
 /// Features of the transport and the rings.
-const FEATURES: u64 =
+pub(in crate::virtio) const FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
 const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;

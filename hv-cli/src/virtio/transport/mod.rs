@@ -13,6 +13,7 @@ mod common;
 mod function;
 mod layout;
 
+pub(super) use function::FEATURES;
 pub use function::{Platform, VirtioError, VirtioPci};
 
 /// Where the registers are, for drivers and tests.
