@@ -10,10 +10,14 @@ use anstyle::{AnsiColor, Style};
 use thiserror::Error;
 
 use crate::readme::{self, Kind};
+use crate::{fuzz, kvm_test, layers, process, test, workspace};
 use crate::{kvm_test, layers, process, public_api, test, workspace};
 
 /// How long a command of the README may take, building included.
 const README_LIMIT: Duration = Duration::from_secs(15 * 60);
+
+/// How long the fuzz targets run, in all.
+const FUZZING: Duration = Duration::from_secs(60);
 
 const HEADING: Style = AnsiColor::Cyan.on_default().bold();
 const WARNING: Style = AnsiColor::Yellow.on_default().bold();
@@ -32,6 +36,8 @@ pub(crate) enum Error {
     #[error(transparent)]
     Test(#[from] test::Error),
     #[error(transparent)]
+    Fuzz(#[from] fuzz::Error),
+    #[error(transparent)]
     KvmTest(#[from] kvm_test::Error),
     #[error("reading {} failed: {source}", path.display())]
     Readme { path: PathBuf, source: io::Error },
@@ -48,6 +54,9 @@ pub(crate) fn run(xtask_commands: &[String], limit: Duration) -> Result<(), Erro
 
     steps.run("formatting", || {
         process::run(workspace::cargo().args(["fmt", "--all", "--check"]))?;
+        // A workspace of its own.
+        let fuzz = root.join("fuzz/Cargo.toml");
+        process::run(workspace::cargo().args(["fmt", "--check", "--manifest-path"]).arg(fuzz))?;
         // Not part of a crate: `cargo xtask guest` compiles it.
         let init = root.join("xtask/guest/init.rs");
         process::run(Command::new("rustfmt").args(["--check", "--edition=2024"]).arg(init))?;
@@ -77,6 +86,9 @@ pub(crate) fn run(xtask_commands: &[String], limit: Duration) -> Result<(), Erro
         Ok("build from what would be published".to_owned())
     })?;
     steps.run("tests without hardware", || Ok(test::run()?.to_string()))?;
+    steps.run("fuzzing", || {
+        Ok(fuzz::run(&fuzz::Options { target: None, time: FUZZING, input: None })?)
+    })?;
     steps.run("commands of the README", || readme(root, xtask_commands, kvm.is_ok()))?;
     match &kvm {
         Ok(()) => {

@@ -9,6 +9,7 @@
 mod bench;
 mod ci;
 mod debian;
+mod fuzz;
 mod guest;
 mod kvm_test;
 mod layers;
@@ -19,6 +20,7 @@ mod readme;
 mod test;
 mod workspace;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -64,6 +66,17 @@ enum Task {
         /// Measure only this
         name: Option<bench::Bench>,
     },
+    /// Build the fuzz targets and run them; whatever they find is an error
+    Fuzz {
+        /// Run only this one
+        target: Option<String>,
+        /// How long, in all
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        seconds: u64,
+        /// Run this input alone: one that was found
+        #[arg(long, value_name = "FILE", requires = "target")]
+        input: Option<PathBuf>,
+    },
     /// Check which crates depend on which, and that rust-vmm crates have one version each
     Layers,
     /// Compare the public items of the libraries with the snapshots in their directories
@@ -102,6 +115,8 @@ enum Error {
     Guest(#[from] guest::Error),
     #[error(transparent)]
     Bench(#[from] bench::Error),
+    #[error(transparent)]
+    Fuzz(#[from] fuzz::Error),
     #[error(transparent)]
     Layers(#[from] layers::Error),
     #[error(transparent)]
@@ -151,6 +166,11 @@ fn run(task: Task) -> Result<(), Error> {
         }
         Task::Guest { no_install, path } => guest::run(!no_install, path)?,
         Task::Bench { name } => bench::run(name)?,
+        Task::Fuzz { target, seconds, input } => {
+            let time = Duration::from_secs(seconds);
+            let told = fuzz::run(&fuzz::Options { target, time, input })?;
+            anstream::println!("fuzzing: {told}");
+        }
         Task::Layers => layers::run()?,
         Task::PublicApi { accept } => {
             let items = public_api::run(accept)?;
