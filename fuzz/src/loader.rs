@@ -5,11 +5,14 @@
 
 use hv_cli::loader::{Format, Image, LoadRequest, MemoryMap, check, load};
 use hv_memory::RamMemory;
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::Input;
 
 const RAM: usize = 32 << 20;
+
+/// What is given as the initrd.
+const INITRD: [u8; 5000] = [1; 5000];
 
 const FORMATS: [Format; 7] = [
     Format::Auto,
@@ -29,7 +32,7 @@ pub fn run(data: &[u8]) {
     let (payload, extras, short) = (how & 0x10 != 0, how & 0x20 != 0, how & 0x40 != 0);
     let file = if payload { bz_image(input.rest()) } else { input.rest().to_vec() };
     let Ok(kernel) = Image::from_bytes("/boot/kernel", file) else { return };
-    let initrd = Image::from_bytes("/boot/initrd", vec![1; 5000]).ok().filter(|_| extras);
+    let initrd = Image::from_bytes("/boot/initrd", INITRD.to_vec()).ok().filter(|_| extras);
 
     // With little memory nothing has much room.
     let ram = if short { 2 << 20 } else { RAM };
@@ -46,19 +49,21 @@ pub fn run(data: &[u8]) {
     match load(&memory, &kernel, &request) {
         Ok(boot) => {
             assert!(recognised.is_ok(), "loaded, but not recognised: {recognised:?}");
-            let inside = |range: &std::ops::Range<u64>| {
-                map.ram().any(|ram| ram.start <= range.start && range.end <= ram.end)
-            };
-            assert!(inside(&boot.kernel) || boot.kernel.is_empty(), "{boot:?}");
+            // Between its segments there can be something else.
+            assert!(boot.kernel.contains(&boot.entry), "{boot:?}");
+            let is_ram = |at: &u64| map.ram().any(|ram| ram.contains(at));
+            assert!(is_ram(&boot.kernel.start) && is_ram(&(boot.kernel.end - 1)), "{boot:?}");
+            assert_eq!(boot.initrd.is_some(), extras, "{boot:?}");
             if let Some(initrd) = &boot.initrd {
-                assert!(inside(initrd), "{boot:?}");
-                let apart = initrd.end <= boot.kernel.start || boot.kernel.end <= initrd.start;
-                assert!(apart, "{boot:?}");
+                // Nothing was put over it.
+                let mut bytes = vec![0; INITRD.len()];
+                memory.read_slice(&mut bytes, GuestAddress(initrd.start)).expect("the initrd");
+                assert!(bytes == INITRD, "{boot:?}");
             }
             let (mut sregs, mut regs) = Default::default();
             boot.apply(&mut sregs, &mut regs);
         }
-        // One sentence, in one line.
+        // A sentence, in one line.
         Err(error) => assert!(!error.to_string().contains(['\n', '\0']), "{error}"),
     }
 }

@@ -71,7 +71,8 @@ pub struct BootState {
     pub entry: u64,
     /// Guest-physical address of what the protocol passes on; 0 for [`Protocol::Flat`].
     pub info: u64,
-    /// What the kernel occupies, with its uninitialised data.
+    /// From the first to the last byte of the kernel and its uninitialised data. Between the segments of
+    /// an ELF file there can be something else, even what is no RAM.
     pub kernel: Range<u64>,
     /// What the initrd occupies.
     pub initrd: Option<Range<u64>>,
