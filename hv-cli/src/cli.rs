@@ -3,19 +3,22 @@
 //! Only words are handled here; what they do is elsewhere.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use hv_core::DeviceChoice;
 
 use crate::config::{
     ConsoleChoice, DeviceOption, DiskConfig, GdbConfig, HugePagesOption, IrqchipMode, KernelConfig,
     MemoryBacking, MemorySize, NetConfig, RunConfig, VirtioConfig, VsockConfig,
 };
+use crate::config_file::{self, Complete, ExpandError, Expanded, Vocabulary};
 use crate::exit_code::ExitCode;
 use crate::gdb::GdbAddress;
 use crate::isolation::SeccompMode;
 use crate::loader::Format;
+use crate::output::{self, OutputError, printable};
 use crate::{ctl, doctor, probe, run};
 
 const EXIT_CODES: &str = "\
@@ -56,6 +59,8 @@ Examples:
                                           then: gdb vmlinux -ex 'target remote vm.gdb'
   hv run --kernel vmlinux --api-socket vm.sock
                                           then: hv ctl --socket vm.sock pause
+  hv run --config vm.toml --memory 1G     flags from a file, one of them changed
+  hv config print --cpus 4 >vm.toml       such a file, with everything in it
   hv doctor                               why VMs can't run here, and what to do
 
 In a VM: Ctrl-A x ends it, Ctrl-A h shows the keys.";
@@ -78,6 +83,9 @@ enum Command {
     /// Run a virtual machine: the built-in guest, or the kernel given
     #[command(after_help = EXIT_CODES)]
     Run(Box<RunArgs>),
+    /// Check or show the configuration of a machine
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Show what this host's KVM can do
     Probe(ProbeArgs),
     /// Say whether VMs can run here, and if not, why and what to do
@@ -234,6 +242,26 @@ impl VirtioArgs {
     }
 }
 
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Say whether a file can be given to `hv run --config`. The files it names are not looked at
+    Check {
+        /// The file
+        file: PathBuf,
+    },
+    /// Show the complete configuration, as TOML that --config takes, after defaults: that of a file, of
+    /// flags of hv run, or of both together
+    Print {
+        /// A configuration file
+        file: Option<PathBuf>,
+
+        /// Output for programs
+        // Not the flag of `hv run` with this name.
+        #[arg(long = "json")]
+        as_json: bool,
+    },
+}
+
 #[derive(Debug, Args)]
 struct CtlArgs {
     /// The socket of the machine: the path of its --api-socket
@@ -303,25 +331,112 @@ impl RunArgs {
 /// The configuration these arguments of `hv run` ask for.
 #[cfg(test)]
 pub(crate) fn run_config(args: &[&str]) -> RunConfig {
-    match Cli::parse_from([&["hv", "run"], args].concat()).command {
+    let args = ["hv", "run"].iter().chain(args).map(OsString::from).collect();
+    match parse(args).unwrap().0.command {
         Command::Run(args) => args.into_config(),
         other => panic!("{other:?}"),
     }
 }
 
-/// Runs the command line `args` and returns the exit code of the process.
-pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
-    let cli = match Cli::try_parse_from(args) {
-        Ok(cli) => cli,
-        Err(error) => {
+/// The description of `hv run`, without what is added to it.
+#[cfg(test)]
+pub(crate) fn run_command() -> clap::Command {
+    Cli::command().find_subcommand("run").unwrap().clone()
+}
+
+/// What `hv config print` shows for flags of `hv run`.
+#[cfg(test)]
+pub(crate) fn printed(args: &[&str]) -> Complete {
+    let args: Vec<_> = ["hv", "config", "print"].iter().chain(args).collect();
+    let matches = command().try_get_matches_from(args).unwrap();
+    let flags = matches.subcommand_matches("config").unwrap().subcommand_matches("print").unwrap();
+    complete(flags.get_one::<PathBuf>("file").map(PathBuf::as_path), flags).unwrap()
+}
+
+/// The defaults that are no flag's own, because they depend on other flags.
+fn dependent_defaults(config: &RunConfig) -> [(&'static str, String); 1] {
+    [("cpus", config.cpus.to_string())]
+}
+
+/// The description of `hv`.
+fn command() -> clap::Command {
+    config_file::extend(Cli::command())
+}
+
+/// Parses a command line, with the configuration file it names.
+fn parse(args: Vec<OsString>) -> Result<(Cli, ArgMatches), ExpandError> {
+    parse_expanded(&config_file::expand(&Cli::command(), args)?)
+}
+
+fn parse_expanded(expanded: &Expanded) -> Result<(Cli, ArgMatches), ExpandError> {
+    let parsed = command().try_get_matches_from(&expanded.args).and_then(|matches| {
+        let cli = Cli::from_arg_matches(&matches)?;
+        Ok((cli, matches))
+    });
+    parsed.map_err(|error| expanded.error(error))
+}
+
+/// The complete configuration that a file and flags of `hv run` make together.
+fn complete(file: Option<&Path>, flags: &ArgMatches) -> Result<Complete, ExpandError> {
+    let root = Cli::command();
+    let vocabulary = Vocabulary::new(root.find_subcommand("run").unwrap_or(&root));
+    let (cli, matches) = parse_expanded(&Expanded::new(file, &vocabulary, flags)?)?;
+    let defaults = match cli.command {
+        Command::Run(args) => dependent_defaults(&args.into_config()).to_vec(),
+        _ => Vec::new(),
+    };
+    let run = matches.subcommand_matches("run").unwrap_or(&matches);
+    Ok(Complete::new(&vocabulary, run, &defaults))
+}
+
+/// `hv config`.
+fn config(command: ConfigCommand, matches: &ArgMatches) -> Result<u8, ExpandError> {
+    let (complete, json) = match &command {
+        ConfigCommand::Check { file } => {
+            complete(Some(file), &ArgMatches::default())?;
+            let written = writeln!(anstream::stdout(), "{}: nothing wrong", printable(file));
+            return Ok(finish(written_report(written)));
+        }
+        ConfigCommand::Print { file, as_json } => {
+            let config = matches.subcommand_matches("config");
+            let flags = config.and_then(|config| config.subcommand_matches("print"));
+            (complete(file.as_deref(), flags.unwrap_or(&ArgMatches::default()))?, *as_json)
+        }
+    };
+    let mut out = anstream::stdout().lock();
+    let written = if json { output::json(&complete, &mut out) } else { write!(out, "{complete}") };
+    Ok(finish(written_report(written)))
+}
+
+/// What became of a report.
+fn written_report(written: io::Result<()>) -> Result<ExitCode, OutputError> {
+    output::finish(&mut anstream::stdout().lock(), written).map(|()| ExitCode::Success)
+}
+
+/// Says why a command line can't be used, and returns the exit code.
+fn refuse(error: &ExpandError) -> u8 {
+    match error {
+        ExpandError::Clap(error) => {
             // Help and version are errors to clap; they are none to the user. Nowhere to write to
             // is no reason for another message.
             let _ = error.print();
-            return if error.use_stderr() { ExitCode::Usage as u8 } else { 0 };
+            if error.use_stderr() { ExitCode::Usage as u8 } else { 0 }
         }
+        ExpandError::File(error) => run::fail(ExitCode::Usage, error),
+    }
+}
+
+/// Runs the command line `args` and returns the exit code of the process.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
+    let (cli, matches) = match parse(args.into_iter().collect()) {
+        Ok(parsed) => parsed,
+        Err(error) => return refuse(&error),
     };
     match cli.command {
         Command::Run(args) => run::run(&args.into_config()),
+        Command::Config(command) => {
+            config(command, &matches).unwrap_or_else(|error| refuse(&error))
+        }
         Command::Probe(args) => {
             finish(probe::run(&args.kvm.device, args.json, &mut anstream::stdout().lock()))
         }

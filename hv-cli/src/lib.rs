@@ -9,6 +9,7 @@ pub mod api;
 pub mod cli;
 pub mod complete;
 pub mod config;
+pub mod config_file;
 pub mod console;
 pub mod ctl;
 mod device;

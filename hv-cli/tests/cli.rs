@@ -327,3 +327,77 @@ fn ctl_says_what_to_do_when_nobody_is_there() {
         assert!(help.contains(text), "{text:?} is missing:\n{help}");
     }
 }
+
+fn toml(text: &str) -> Image {
+    Image::new(text.as_bytes())
+}
+
+#[test]
+fn a_configuration_file_is_refused_with_the_place() {
+    let refused = |text: &str, args: &[&str], says: &[&str]| {
+        let file = toml(text);
+        let says = [says, &[file.path()]].concat();
+        refused_in_one_line(&[&["--config", file.path()], args].concat(), 2, &says);
+    };
+    refused("rng = true\nmemroy = '1G'", &[], &[":2:1: ", "memroy", "did you mean memory?"]);
+    refused("memory = '1.5G'", &[], &[":1:10: ", "128M"]);
+    // Together with the command line, in either place.
+    refused("initrd = 'i'", &[], &["--kernel"]);
+    refused("gdb = 'unix:g'", &["--record", "r"], &["--gdb", "--record"]);
+    refused("json = true", &["--kernel", "k"], &["--json", "--kernel"]);
+    refused_in_one_line(
+        &["--config", "/no/such/file"],
+        2,
+        &["--config", "/no/such/file", "ENOENT"],
+    );
+    refused_in_one_line(&["--config", "/"], 2, &["--config", "EISDIR"]);
+
+    let good = toml("memory = '5K'\nkvm = '/no/such/kvm'");
+    let ran = hv(&["run", "--config", good.path()]);
+    assert!(ran.code == Some(2) && ran.stderr.contains("--memory"), "{ran:?}");
+    let ran = hv(&["run", &format!("--config={}", good.path()), "--memory", "2M"]);
+    assert!(ran.code == Some(4) && ran.stderr.contains("/no/such/kvm"), "{ran:?}");
+}
+
+#[test]
+fn a_command_line_with_a_configuration_file_is_checked_as_any() {
+    let file = toml("rng = true");
+    for args in [&["--config", file.path(), "--config", file.path()][..], &["--config"]] {
+        refused(args, 2, &["--config"]);
+    }
+    refused(&["--config", file.path(), "--frobnicate"], 2, &["--frobnicate"]);
+    refused(&["--config", file.path(), "--memory", "x"], 2, &["--memory", "128M"]);
+}
+
+#[test]
+fn a_configuration_is_checked_and_printed() {
+    let file = toml("cpus = 3\nrng = true\njson = true\n");
+    let ran = hv(&["config", "check", file.path()]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{ran:?}");
+    assert!(ran.stdout.contains(file.path()), "{ran:?}");
+    for (text, says) in [("cpu = 3", "did you mean cpus?"), ("initrd = 'x'", "--kernel")] {
+        let file = toml(text);
+        let ran = hv(&["config", "check", file.path()]);
+        assert!(ran.code == Some(2) && ran.stderr.contains(says), "{ran:?}");
+        assert!(ran.stderr.starts_with("hv: error: ") && ran.stdout.is_empty(), "{ran:?}");
+    }
+
+    let ran = hv(&["config", "print", file.path(), "--memory", "1G", "--kernel", "/k"]);
+    assert!(ran.code == Some(2) && ran.stderr.contains("--json"), "{ran:?}");
+    let ran = hv(&["config", "print", file.path(), "--memory", "1G"]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    for line in ["cpus = 3", "memory = \"1G\"", "rng = true", "irqchip = \"kernel\"", "device = []"]
+    {
+        assert!(ran.stdout.lines().any(|l| l == line), "{line}:\n{}", ran.stdout);
+    }
+    let again = toml(&ran.stdout);
+    assert_eq!(hv(&["config", "print", again.path()]).stdout, ran.stdout);
+
+    let ran = hv(&["config", "print", "--json", "--kernel", "/k"]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    for part in ["\"kernel\": \"/k\"", "\"cpus\": 1", "\"initrd\": null"] {
+        assert!(ran.stdout.contains(part), "{part}:\n{}", ran.stdout);
+    }
+    assert_eq!(hv(&["config", "print", "--initrd", "i"]).code, Some(2));
+    assert_eq!(hv(&["config"]).code, Some(2));
+}

@@ -284,7 +284,7 @@ impl Thread {
                 Ok(Command::Reset) => return Ok(End::Reset),
                 Ok(Command::Activate { .. }) | Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => {
-                    self.call(session, |device, session| device.finish(session))?;
+                    self.parts.call(session, |device, session| device.finish(session))?;
                     return Ok(End::Stop);
                 }
             }
