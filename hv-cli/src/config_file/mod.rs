@@ -4,7 +4,7 @@
 //! given: there is no second list of either. The file is turned into arguments, put before those of the
 //! user, and parsed with them; so a new flag has its key from the start, with its checks, its defaults
 //! and what it can't be used with. Only what a path in a value is relative to has to be said, in
-//! [`paths`], if the value is not just a path.
+//! `paths.rs`, if the value is not just a path.
 //!
 //! Not here: what any flag means.
 
