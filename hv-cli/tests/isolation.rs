@@ -9,9 +9,11 @@ use std::fs::File;
 use std::net::TcpStream;
 use std::process::{Command, Output};
 
+use hv_cli::config::{CacheMode, DiskConfig, DiskIo};
 use hv_cli::isolation::{Kind, Policy, Sandbox, SeccompMode, SystemCall, start};
-use hv_cli::virtio::{DeviceError, Rng, Session, VirtioDevice};
+use hv_cli::virtio::{Blk, DeviceError, Rng, Session, VirtioDevice};
 use virtio::*;
+use vm_memory::{Bytes, GuestAddress};
 
 /// Which part the process plays.
 const PART: &str = "HV_ISOLATION_TEST";
@@ -81,6 +83,58 @@ fn a_device_that_opens_a_file_ends_the_vm_with_a_message_and_the_exit_code() {
             assert!(said.contains(wanted) && said.contains("--seccomp log"), "{said}");
             assert!(!String::from_utf8_lossy(&output.stdout).contains("was opened"));
             assert_eq!(child(test, "honest").status.code(), Some(0));
+        }
+    }
+}
+
+/// A write, a read, a flush and a discard of a disk: their statuses. With a feature that switches the cache off,
+/// each write is made safe.
+fn use_disk(io: DiskIo, features: u64) -> [u8; 4] {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(8 * 512).unwrap();
+    let cache = if features == 0 { CacheMode::Writethrough } else { CacheMode::Writeback };
+    let disk = Blk::open(&DiskConfig { io, cache, ..DiskConfig::new(file.path()) }).unwrap();
+    let machine = Machine::new();
+    let driver = machine.add(disk);
+    let ring = Ring::new(&machine, 0x1_0000, 16);
+    driver.start(VERSION_1 | features, &ring);
+    let (header, data, status) = (0x2_0000u64, 0x3_0000u64, 0x4_0000u64);
+    // Type, bytes of data, whether the device writes them.
+    let requests = [(1u32, 512, false), (0, 512, true), (4, 0, false), (11, 16, false)];
+    let mut done = 0;
+    requests.map(|(kind, len, writes)| {
+        machine.memory.write_obj(u128::from(kind), GuestAddress(header)).unwrap();
+        // Of a discard: sector 0, one sector.
+        machine.memory.write_obj(1u128 << 64, GuestAddress(data)).unwrap();
+        machine.memory.write_obj(0xffu8, GuestAddress(status)).unwrap();
+        ring.descriptor(0, header, 16, NEXT, if len > 0 { 1 } else { 2 });
+        ring.descriptor(1, data, len, if writes { NEXT | WRITE } else { NEXT }, 2);
+        ring.descriptor(2, status, 1, WRITE, 0);
+        ring.offer(0);
+        driver.ring(0);
+        done += 1;
+        driver.wait_for_requests(done);
+        machine.memory.read_obj(GuestAddress(status)).unwrap()
+    })
+}
+
+/// Every call that a disk makes is one that it names.
+#[test]
+fn a_disk_makes_no_call_that_its_filter_does_not_allow() {
+    match part().as_deref() {
+        Some(part) => {
+            isolate(SeccompMode::On);
+            let io = if part == "sync" { DiskIo::Sync } else { DiskIo::Auto };
+            for features in [0, 1 << virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH] {
+                assert_eq!(use_disk(io, features), [0; 4]);
+            }
+        }
+        None => {
+            for part in ["sync", "auto"] {
+                let test = "a_disk_makes_no_call_that_its_filter_does_not_allow";
+                let output = child(test, part);
+                assert_eq!(output.status.code(), Some(0), "{part}: {output:?}");
+            }
         }
     }
 }

@@ -9,6 +9,7 @@ use super::calls::Calls;
 use super::job::{Done, Job};
 use super::ring::Ring;
 use crate::config::DiskIo;
+use crate::isolation::SystemCall;
 
 /// What does the jobs of a disk, and its file. The file goes last.
 pub(super) struct Engine {
@@ -35,6 +36,22 @@ impl Engine {
         let way =
             ring.map_or_else(|| Way::Calls(Calls::default()), |ring| Way::Ring(Box::new(ring)));
         Ok(Self { way, file })
+    }
+
+    /// The system calls that this makes, those of what it does without a ring included: one may become of
+    /// no use.
+    pub(super) fn system_calls(&self) -> &'static [SystemCall] {
+        const CALLS: [SystemCall; 5] = [
+            SystemCall::new(libc::SYS_preadv),
+            SystemCall::new(libc::SYS_pwritev2),
+            SystemCall::new(libc::SYS_fdatasync),
+            SystemCall::new(libc::SYS_fallocate),
+            SystemCall::new(libc::SYS_io_uring_enter),
+        ];
+        match &self.way {
+            Way::Ring(_) => &CALLS,
+            Way::Calls(_) => CALLS.split_last().map_or(&[], |(_, calls)| calls),
+        }
     }
 
     /// The file.

@@ -41,6 +41,7 @@ pub use disk::DiskError;
 
 use super::{Chain, ChainError, DeviceConfig, DeviceError, Interest, Ready, Session, VirtioDevice};
 use crate::config::{CacheMode, DiskConfig};
+use crate::isolation::SystemCall;
 use disk::Disk;
 use engine::Engine;
 use job::{Durable, Ended, Job};
@@ -277,6 +278,10 @@ impl VirtioDevice for Blk {
 
     fn queue_sizes(&self) -> Vec<u16> {
         vec![QUEUE_SIZE; self.under_way.len()]
+    }
+
+    fn system_calls(&self) -> &'static [SystemCall] {
+        self.engine.system_calls()
     }
 
     fn config(&self) -> DeviceConfig {
