@@ -2,7 +2,7 @@
 //! little.
 //!
 //! Each thread has a seccomp filter of its kind ([`Kind`]), a list of what may be called; all else ends the
-//! process with a message ([`trap`]). Landlock (since Linux 5.13) takes the file system from all threads but the
+//! process with a message (`trap`). Landlock (since Linux 5.13) takes the file system from all threads but the
 //! main one, which keeps the right to remove the sockets it made. Both are set by the thread itself, first
 //! thing, and can't be undone.
 //!

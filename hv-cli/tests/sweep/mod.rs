@@ -523,6 +523,7 @@ fn machine<H: Host>(
         stats_json: None,
         gdb: None,
         api_socket: None,
+        seccomp: hv_cli::isolation::SeccompMode::default(),
     };
     let machine = Machine::build(open(host, &run.faults), &config, &HostFacts::detect());
     let machine = machine.map_err(text)?;
