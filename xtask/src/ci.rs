@@ -10,8 +10,7 @@ use anstyle::{AnsiColor, Style};
 use thiserror::Error;
 
 use crate::readme::{self, Kind};
-use crate::{fuzz, kvm_test, layers, process, test, workspace};
-use crate::{kvm_test, layers, process, public_api, test, workspace};
+use crate::{fuzz, kvm_test, layers, process, public_api, test, workspace};
 
 /// How long a command of the README may take, building included.
 const README_LIMIT: Duration = Duration::from_secs(15 * 60);
