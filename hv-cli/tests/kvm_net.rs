@@ -1,7 +1,12 @@
 //! `--net` on real KVM and with real tap interfaces: Linux gets an address, answers, and moves bytes over
 //! TCP, by tap and by passt; what a tap interface refuses, and one that disappears.
 
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests fail by panicking"
+)]
 #![allow(unsafe_code, reason = "a tap interface is opened as the parent of hv does it")]
 
 mod common;

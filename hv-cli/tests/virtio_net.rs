@@ -12,11 +12,14 @@ mod virtio;
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use hv_cli::config::{NetBackend, NetConfig};
 use hv_cli::virtio::Net;
-use hv_core::fake::{Finding, Wrote};
+use hv_core::fake::{FakeKvm, Finding, Wrote};
+use hv_core::{Hypervisor, MemoryBackend};
+use hv_memory::{DirtyPages, DirtyTracking, SlotLimits, SlotManager};
 use virtio::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -87,6 +90,41 @@ fn frames_go_both_ways_and_each_queue_interrupts_by_its_vector() {
     assert_eq!(machine.all_calls(), calls, "the kernel of the host is asked for nothing");
     let counters = driver.counters();
     assert_eq!((counters.requests, counters.errors, counters.notification_exits), (2, 0, 0));
+    machine.end(never);
+}
+
+/// The header is in one page, the frame, which the kernel writes, in another.
+#[test]
+fn what_is_received_is_among_the_dirty_pages() {
+    let (ours, host) = UnixDatagram::pair().unwrap();
+    let machine = Machine::new();
+    let driver = machine.add(on_socket(ours));
+    let [rx, _] = start(&machine, &driver, 0, 0);
+    let frame_at = BUFFERS + 0x3000;
+    rx.descriptor(0, BUFFERS, HEADER as u32, NEXT | WRITE, 1);
+    rx.descriptor(1, frame_at, 2048, WRITE, 0);
+    rx.offer(0);
+    // The slots as another VM has them, which logs.
+    let vm = Arc::new(FakeKvm::default().create_vm(0).unwrap());
+    let logging = machine.ram.slots().iter().cloned().map(|mut slot| {
+        slot.flags.log_dirty = true;
+        vm.set_memory_slot(&slot).unwrap();
+        ("RAM", slot)
+    });
+    let logging: Vec<_> = logging.collect();
+    let limits = SlotLimits { slots: 32, address_bits: 40 };
+    let (manager, _slots) = SlotManager::adopt(vm, logging, limits).unwrap();
+    manager.track_dirty(DirtyTracking::Log).unwrap();
+    let mut pages = DirtyPages::new();
+    manager.harvest_dirty(&mut pages).unwrap();
+
+    host.send(&frame(1)).unwrap();
+    driver.ring(0);
+    driver.wait_for_requests(1);
+    manager.harvest_dirty(&mut pages).unwrap();
+    let dirty = |at| pages.ranges().any(|range| (range.start().0..=range.last().0).contains(&at));
+    assert!(dirty(frame_at) && dirty(BUFFERS), "{pages:?}");
+    assert!(!dirty(frame_at + 0x1000) && !dirty(frame_at - 0x1000), "{pages:?}");
     machine.end(never);
 }
 

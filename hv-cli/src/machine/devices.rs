@@ -23,8 +23,8 @@ use crate::layout;
 use crate::pci::{Ecam, PciBus, PciError, Window, Windows};
 use crate::stats::DeviceStats;
 use crate::virtio::{
-    Blk, Counters, DiskError, Net, NetError, Platform, Rng, VirtioDevice, VirtioError, VirtioPci,
-    Vsock, VsockError,
+    Blk, Counters, DiskError, Net, NetError, Passt, Platform, Rng, VirtioDevice, VirtioError,
+    VirtioPci, Vsock, VsockError,
 };
 
 /// Why the devices can't be had.
@@ -70,6 +70,8 @@ pub(super) struct Devices<V: IoEventBackend> {
     ioeventfds: Option<Arc<IoEventRegistry<V>>>,
     bus: Option<Arc<PciBus>>,
     devices: Vec<Device>,
+    /// After the devices they were started for.
+    passts: Vec<Passt>,
 }
 
 /// What is known of a device besides the device.
@@ -83,12 +85,27 @@ struct Device {
 /// A virtio device and its name.
 pub(super) type Named = (String, Box<dyn VirtioDevice>);
 
+/// Devices, and the programs that were started for them. Those are ended by the main thread: the thread
+/// of a device may reach no other process.
+#[derive(Default)]
+pub(super) struct Opened {
+    devices: Vec<Named>,
+    passts: Vec<Passt>,
+}
+
+impl Opened {
+    /// Has further devices on the bus, after these.
+    pub(super) fn extend(&mut self, devices: impl IntoIterator<Item = Named>) {
+        self.devices.extend(devices);
+    }
+}
+
 /// Opens what `config` asks for: the devices in the order of their slots. Nothing of it needs KVM.
 ///
 /// # Errors
 /// What can't be had of the host.
-pub(super) fn open(config: &VirtioConfig) -> Result<Vec<Named>, DevicesError> {
-    let mut devices: Vec<Named> = Vec::new();
+pub(super) fn open(config: &VirtioConfig) -> Result<Opened, DevicesError> {
+    let Opened { mut devices, mut passts } = Opened::default();
     if config.rng {
         devices.push(("rng0".to_owned(), Box::new(Rng::new())));
     }
@@ -96,12 +113,14 @@ pub(super) fn open(config: &VirtioConfig) -> Result<Vec<Named>, DevicesError> {
         devices.push((format!("disk{index}"), Box::new(Blk::open(disk)?)));
     }
     for (index, net) in config.nets.iter().enumerate() {
-        devices.push((format!("net{index}"), Box::new(Net::open(net)?)));
+        let mut net = Net::open(net)?;
+        passts.extend(net.take_passt());
+        devices.push((format!("net{index}"), Box::new(net)));
     }
     if let Some(vsock) = &config.vsock {
         devices.push(("vsock0".to_owned(), Box::new(Vsock::new(vsock.cid, &vsock.path)?)));
     }
-    Ok(devices)
+    Ok(Opened { devices, passts })
 }
 
 impl<V: IrqBackend + IoEventBackend + Send + Sync + 'static> Devices<V> {
@@ -110,14 +129,15 @@ impl<V: IrqBackend + IoEventBackend + Send + Sync + 'static> Devices<V> {
     /// # Errors
     /// What can't be had; nothing of it is left.
     pub(super) fn new(
-        wanted: Vec<Named>,
+        wanted: Opened,
         vm: &Arc<V>,
         record: &Record,
         memory: &RamMemory,
         host: &HostFacts,
         interrupts: &Interrupts<V>,
     ) -> Result<Self, DevicesError> {
-        let mut this = Self { ioeventfds: None, bus: None, devices: Vec::new() };
+        let Opened { devices: wanted, passts } = wanted;
+        let mut this = Self { ioeventfds: None, bus: None, devices: Vec::new(), passts };
         if wanted.is_empty() {
             return Ok(this);
         }
@@ -171,11 +191,12 @@ impl<V: IrqBackend + IoEventBackend + Send + Sync + 'static> Devices<V> {
 
     /// Ends the devices, after the last vCPU, and tells what they did.
     pub(super) fn stop(self) -> Vec<DeviceStats> {
-        let Self { ioeventfds, bus, devices } = self;
+        let Self { ioeventfds, bus, devices, passts } = self;
         drop(ioeventfds);
         if let Some(bus) = bus {
             bus.clear();
         }
+        drop(passts);
         devices.iter().map(Device::stats).collect()
     }
 }

@@ -50,7 +50,7 @@ pub use counters::{CounterValues, Counters};
 pub use device::{DeviceError, VirtioDevice};
 pub use direct::{Direct, RingSetup};
 pub use interrupts::DeviceInterrupts;
-pub use net::{Net, NetError, PasstError};
+pub use net::{Net, NetError, Passt, PasstError};
 pub use poller::{Interest, Ready};
 use queue::Slice;
 pub use queue::{Buffer, Chain, ChainError, QueueError, Virtqueue};

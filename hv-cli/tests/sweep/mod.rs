@@ -10,9 +10,13 @@
 //! other flows start with a sound one.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixDatagram;
+use std::sync::{Arc, LazyLock};
 
-use hv_cli::config::{IrqchipMode, MemoryBacking, MemorySize, RunConfig, VirtioConfig};
+use hv_cli::config::{
+    IrqchipMode, MemoryBacking, MemorySize, NetBackend, NetConfig, RunConfig, VirtioConfig,
+};
 use hv_cli::machine::Machine;
 use hv_cli::machine::host::HostFacts;
 use hv_core::init::{Config, InitializedVm, Irqchip, init};
@@ -151,8 +155,18 @@ impl Run {
     }
 }
 
+/// One of each virtio device.
+fn devices() -> VirtioConfig {
+    // What the network device is connected to stays open: each has a descriptor of its own for it.
+    static NETWORK: LazyLock<UnixDatagram> = LazyLock::new(|| UnixDatagram::unbound().unwrap());
+    let net = NetConfig::new(NetBackend::Fd(NETWORK.as_raw_fd()));
+    VirtioConfig { rng: true, nets: vec![net], ..VirtioConfig::default() }
+}
+
 /// Runs all flows and returns how many pairs there were.
 pub(crate) fn run<H: Host>(host: &H) -> usize {
+    // What they are connected to is there before anything is counted.
+    let _ = devices();
     let flows: [(&str, Flow<H>); 12] = [
         ("init, no irqchip", |h, run| start(h, run, Irqchip::Off)),
         ("init, irqchip in the kernel", |h, run| start(h, run, Irqchip::Kernel { pit: true })),
@@ -168,11 +182,9 @@ pub(crate) fn run<H: Host>(host: &H) -> usize {
         ("the machine of hv, split irqchip", |h, run| {
             machine(h, run, IrqchipMode::Split, VirtioConfig::default())
         }),
-        ("the machine of hv, virtio", |h, run| {
-            machine(h, run, IrqchipMode::Kernel, VirtioConfig { rng: true, ..Default::default() })
-        }),
+        ("the machine of hv, virtio", |h, run| machine(h, run, IrqchipMode::Kernel, devices())),
         ("the machine of hv, virtio, split irqchip", |h, run| {
-            machine(h, run, IrqchipMode::Split, VirtioConfig { rng: true, ..Default::default() })
+            machine(h, run, IrqchipMode::Split, devices())
         }),
     ];
     let mut all = 0;

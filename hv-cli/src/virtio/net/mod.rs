@@ -23,10 +23,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
+use crate::isolation::SystemCall;
+
 use super::{DeviceConfig, DeviceError, Interest, Ready, Session, VirtioDevice};
 pub use open::NetError;
-use passt::Passt;
-pub use passt::PasstError;
+pub use passt::{Passt, PasstError};
 use port::{Kind, Port, Sent};
 use receive::{Next, Receiver};
 use sys::Iovecs;
@@ -68,7 +69,7 @@ pub struct Net {
     config: DeviceConfig,
     /// The control queue of this session.
     control: Option<usize>,
-    _passt: Option<Passt>,
+    passt: Option<Passt>,
 }
 
 /// A pair of queues, one to receive and one to transmit, and what they are connected to.
@@ -194,8 +195,14 @@ impl Net {
             offloads,
             config: DeviceConfig::new(bytes),
             control: None,
-            _passt: passt,
+            passt,
         }
+    }
+
+    /// The passt that was started for it, which ends when it is dropped. The device's thread may not end
+    /// a program; this is for who lives longer.
+    pub fn take_passt(&mut self) -> Option<Passt> {
+        self.passt.take()
     }
 
     /// After anything was done with a pair: frames that were dropped are counted, the descriptor is
@@ -305,6 +312,16 @@ impl VirtioDevice for Net {
             sizes.push(CONTROL_SIZE);
         }
         sizes
+    }
+
+    fn system_calls(&self) -> &'static [SystemCall] {
+        const CALLS: &[SystemCall] = &[
+            SystemCall::new(libc::SYS_readv),
+            SystemCall::new(libc::SYS_getsockopt),
+            SystemCall::ioctl(libc::TUNSETOFFLOAD),
+            SystemCall::ioctl(libc::TUNSETQUEUE),
+        ];
+        CALLS
     }
 
     fn config(&self) -> DeviceConfig {

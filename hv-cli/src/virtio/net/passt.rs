@@ -21,7 +21,8 @@ pub enum PasstError {
 }
 
 /// A running passt. It is ended when this is dropped.
-pub(super) struct Passt(Child);
+#[derive(Debug)]
+pub struct Passt(Child);
 
 impl Passt {
     /// Starts it, and returns the socket to it.
