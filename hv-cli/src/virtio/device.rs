@@ -1,5 +1,7 @@
 //! What a device is to the transport and to its thread.
 
+use std::path::PathBuf;
+
 use hv_core::Errno;
 
 use crate::isolation::SystemCall;
@@ -66,6 +68,11 @@ pub trait VirtioDevice: Send + 'static {
     /// the machine runs. One that is missing ends the process when it is made.
     fn system_calls(&self) -> &'static [SystemCall] {
         &[]
+    }
+
+    /// The files that it removes in its thread. Asked once, before the machine runs.
+    fn removes(&self) -> Vec<PathBuf> {
+        Vec::new()
     }
 
     /// Its configuration space, of which it keeps a clone. Asked once, before the machine runs.

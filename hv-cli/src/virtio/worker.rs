@@ -93,7 +93,7 @@ impl Worker {
             ready: Vec::new(),
         };
         let calls = thread.parts.device.system_calls();
-        let sandbox = Sandbox::new(Kind::Device, calls)?;
+        let sandbox = Sandbox::new(Kind::Device, calls)?.removing(thread.parts.device.removes());
         let run = move || {
             sandbox.enter_or_end();
             thread.run();

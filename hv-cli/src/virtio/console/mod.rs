@@ -15,6 +15,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use super::session::host;
 use super::{Chain, DeviceConfig, DeviceError, Interest, Ready, Session, VirtioDevice};
 use crate::event::Event;
+use crate::isolation::SystemCall;
 
 pub use input::ConsoleInput;
 pub use output::ConsoleOutput;
@@ -158,6 +159,12 @@ impl VirtioDevice for ConsoleDevice {
 
     fn features(&self) -> u64 {
         u64::from(self.output.size().is_some()) << F_SIZE
+    }
+
+    fn system_calls(&self) -> &'static [SystemCall] {
+        const CALLS: &[SystemCall] =
+            &[SystemCall::new(libc::SYS_sendto), SystemCall::ioctl(libc::TIOCGWINSZ)];
+        CALLS
     }
 
     fn queue_sizes(&self) -> Vec<u16> {

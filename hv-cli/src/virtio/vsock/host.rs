@@ -51,6 +51,11 @@ impl Host {
         Ok(Self { listener, path: path.to_owned() })
     }
 
+    /// The path of the listening socket.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The next who connects. Reads and writes do not block.
     pub(super) fn accept(&self) -> io::Result<UnixStream> {
         self.listener.accept()

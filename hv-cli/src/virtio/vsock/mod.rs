@@ -10,10 +10,12 @@ mod packet;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use zerocopy::IntoBytes;
+
+use crate::isolation::SystemCall;
 
 use super::{Chain, DeviceConfig, DeviceError, Interest, Ready, Session, VirtioDevice};
 use connection::{BUFFER, Connection, Ports, Violation};
@@ -428,6 +430,27 @@ impl VirtioDevice for Vsock {
 
     fn features(&self) -> u64 {
         1 << F_STREAM
+    }
+
+    fn system_calls(&self) -> &'static [SystemCall] {
+        const CALLS: &[SystemCall] = &[
+            SystemCall::with(libc::SYS_socket, 0, libc::AF_UNIX as u64),
+            SystemCall::new(libc::SYS_connect),
+            SystemCall::new(libc::SYS_accept4),
+            SystemCall::new(libc::SYS_recvfrom),
+            SystemCall::new(libc::SYS_sendto),
+            SystemCall::new(libc::SYS_shutdown),
+            SystemCall::new(libc::SYS_getsockopt),
+            SystemCall::new(libc::SYS_statx),
+            SystemCall::new(libc::SYS_newfstatat),
+            SystemCall::new(libc::SYS_unlink),
+            SystemCall::ioctl(libc::FIONBIO),
+        ];
+        CALLS
+    }
+
+    fn removes(&self) -> Vec<PathBuf> {
+        vec![self.host.path().to_owned()]
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
