@@ -19,7 +19,7 @@ fn boot(kernel: &str, cmdline: &str, args: &[&str]) -> Running {
         "--cmdline",
         &cmdline,
         "--memory",
-        "256M",
+        "128M",
     ];
     Running::start(&[&fixed[..], args].concat())
 }

@@ -20,7 +20,7 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(600);
 
 /// What a Linux guest is told so that it runs on every host this is tested on: some KVMs run the
 /// guest's kernel in software and lack these instructions.
-pub(crate) const LINUX_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 mitigations=off noxsave \
+pub(crate) const LINUX_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 mitigations=off noxsave rodata=off \
     clearcpuid=cx16,smap,smep,umip,popcnt,movbe,fsgsbase,invpcid,pcid,rdrand,rdseed,pku \
     pty.legacy_count=0 rodata=off";
 
