@@ -209,3 +209,25 @@ fn a_process_that_asks_for_no_isolation_has_none() {
     let output = child("a_process_that_asks_for_no_isolation_has_none", "off");
     assert!(String::from_utf8_lossy(&output.stdout).contains("opened"), "{output:?}");
 }
+
+/// glibc looks for processors in /sys when its ninth thread allocates, unless it is told not to.
+#[test]
+fn many_threads_that_allocate_open_no_files() {
+    if part().is_some() {
+        isolate(SeccompMode::On);
+        Sandbox::new(Kind::Control, &[]).unwrap().enter().unwrap();
+        let together = std::sync::Barrier::new(32);
+        std::thread::scope(|scope| {
+            for _ in 0..32 {
+                scope.spawn(|| {
+                    together.wait();
+                    std::hint::black_box(vec![1_u8; 1000]);
+                    together.wait();
+                });
+            }
+        });
+        return;
+    }
+    let output = child("many_threads_that_allocate_open_no_files", "many");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+}

@@ -701,12 +701,12 @@ fn a_path_with_something_else_is_an_error_that_says_so() {
     let link = dir.path().join("link");
     std::os::unix::fs::symlink("nowhere", &link).unwrap();
     let error = |path: &PathBuf| Vsock::new(3, path).err().unwrap().to_string();
-    assert!(error(&path).ends_with("it exists and is no socket; choose another path"));
-    assert!(error(&link).contains("link': it exists and is no socket"));
+    assert!(error(&path).ends_with("exists and is no socket; choose another path"));
+    assert!(error(&link).contains("link' exists and is no socket"));
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     let used = dir.path().join("used");
     let _device = Vsock::new(3, &used).unwrap();
-    assert!(error(&used).contains("another process listens there"));
+    assert!(error(&used).contains("another process listens on"));
     let long = dir.path().join("x".repeat(96));
     assert!(error(&long).contains("96 bytes at most"));
 }

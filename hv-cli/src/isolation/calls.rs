@@ -109,6 +109,7 @@ const EVERY: &[SystemCall] = &[
     call(libc::SYS_set_robust_list),
     call(libc::SYS_rseq),
     SystemCall::with(libc::SYS_prctl, 0, libc::PR_GET_NAME as u64),
+    SystemCall::with(libc::SYS_prctl, 0, libc::PR_SET_NAME as u64),
     SystemCall::with(libc::SYS_prctl, 0, PR_SET_VMA),
     // The mode of the terminal is restored by whichever thread ends the process.
     SystemCall::ioctl(libc::TCGETS),

@@ -12,6 +12,7 @@
 //! This module must not know devices: each says itself which calls its thread needs
 //! ([`VirtioDevice::system_calls`](crate::virtio::VirtioDevice::system_calls)).
 
+mod allocator;
 mod calls;
 mod files;
 mod filter;
@@ -105,6 +106,7 @@ pub fn start(policy: Policy) -> Result<(), IsolationError> {
     }
     filter::check_kernel()?;
     trap::install()?;
+    allocator::keep_from_files();
     POLICY.get_or_init(|| policy);
     Ok(())
 }
