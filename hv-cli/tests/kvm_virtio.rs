@@ -80,9 +80,6 @@ fn linux_on_hvc0_echoes_through_vsock_and_fills_and_empties_the_balloon() {
         "--stats-json",
         stats.to_str().unwrap(),
     ]);
-    // All memory is there before the guest says anything.
-    linux.wait_for("Linux version");
-    let before = resident(linux.pid());
     linux.wait_for("hv-guest: init up");
 
     let (mut stream, _) = listener.accept().unwrap();
@@ -90,9 +87,10 @@ fn linux_on_hvc0_echoes_through_vsock_and_fills_and_empties_the_balloon() {
     is_echoed(&mut connect(&vsock, 1024), 100_000);
     linux.wait_for("hv-guest: check vsock: ok");
 
-    linux.wait_for("hv-guest: check balloon: ok: 32 MiB went into the balloon and came back");
-    let after = resident(linux.pid());
-    assert!(after + 30 * MIB <= before, "{before} bytes were resident, {after} are");
+    linux.wait_for("hv-guest: check balloon: ok: 32 MiB came out of the balloon");
+    // All of the guest's memory was there before it ran; now not even the whole process is that large.
+    let resident = resident(linux.pid());
+    assert!(resident < 128 * MIB, "{resident} bytes are resident");
 
     linux.wait_for("hv-guest: ready");
     linux.send("typed on the console\n");

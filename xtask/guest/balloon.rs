@@ -1,66 +1,60 @@
 //! The memory balloon: the guest fills it as asked for, and takes all of it back when its driver goes.
 
+use core::ffi::CStr;
+
 use super::check::Found;
-use super::sys::{self, EINTR, O_RDONLY, O_WRONLY};
+use super::sys::{self, O_WRONLY};
 
-/// Pages that must come into the balloon: 32 MiB.
-const PAGES: usize = 8192;
+/// What comes back of the 32 MiB in the balloon, in KiB: not all of it is free at once.
+const COMES_BACK: usize = 30 << 10;
 
-/// How often is looked, with a pause of 100 ms: long for a slow host.
-const LOOKS: usize = 3000;
+/// How often the driver is taken away, after a pause that doubles: the balloon may not be full yet.
+const TRIES: u32 = 10;
 
-/// The events of the kernel with this name so far (`/proc/vmstat`); the name ends with a space.
-fn events(name: &[u8]) -> Option<usize> {
-    let mut text = [0; 16 << 10];
-    let fd = sys::open(c"/proc/vmstat", O_RDONLY).ok()?;
-    let mut len = 0;
-    // One read gives a page at most.
-    while let Some(rest) = text.get_mut(len..).filter(|rest| !rest.is_empty()) {
-        match sys::read(fd, rest) {
-            Ok(0) => break,
-            Ok(n) => len += n,
-            Err(EINTR) => {}
-            Err(_) => break,
-        }
-    }
-    sys::close(fd);
-    let lines = text.get(..len)?.split(|byte| *byte == b'\n');
-    let digits = lines.into_iter().find_map(|line| line.strip_prefix(name))?;
-    Some(digits.iter().fold(0, |n, digit| n * 10 + usize::from(digit.wrapping_sub(b'0'))))
+/// Free memory in KiB.
+fn free() -> Option<usize> {
+    let mut text = [0; 4096];
+    let text = sys::read_file(c"/proc/meminfo", &mut text);
+    let mut lines = text.split(|byte| *byte == b'\n');
+    let value = lines.find_map(|line| line.strip_prefix(b"MemFree:"))?;
+    let digits = value.iter().filter(|byte| byte.is_ascii_digit());
+    Some(digits.fold(0, |n, digit| n * 10 + usize::from(digit - b'0')))
 }
 
-fn wait_for(name: &'static [u8]) -> Result<(), (&'static [u8], usize)> {
-    for _ in 0..LOOKS {
-        match events(name) {
-            Some(pages) if pages >= PAGES => return Ok(()),
-            Some(_) => sys::sleep_milliseconds(100),
-            None => return Err((b"/proc/vmstat does not have it", 0)),
-        }
-    }
-    Err((name, 0))
-}
-
-/// Takes the driver from its device, whichever it is.
-fn unbind() -> Result<(), usize> {
-    let fd = sys::open(c"/sys/bus/virtio/drivers/virtio_balloon/unbind", O_WRONLY)?;
-    let mut result = Err(0);
-    for number in b'0'..=b'9' {
-        let mut name = *b"virtio0";
-        name[6] = number;
-        result = sys::write_all(fd, &name);
-        if result.is_ok() {
-            break;
-        }
-    }
+/// Writes to a file of sysfs.
+fn write(path: &CStr, text: &[u8]) -> Result<(), usize> {
+    let fd = sys::open(path, O_WRONLY)?;
+    let result = sys::write_all(fd, text);
     sys::close(fd);
     result
 }
 
-/// The balloon is filled; then its driver goes, which empties it.
+/// Takes the driver from its device, whose name is returned.
+fn unbind() -> Result<[u8; 7], usize> {
+    let mut result = Err(0);
+    for number in b'0'..=b'9' {
+        let name = [b'v', b'i', b'r', b't', b'i', b'o', number];
+        match write(c"/sys/bus/virtio/drivers/virtio_balloon/unbind", &name) {
+            Ok(()) => return Ok(name),
+            Err(errno) => result = Err(errno),
+        }
+    }
+    result
+}
+
+/// The balloon is filled; when its driver goes, which empties it, there is that much more memory.
 pub fn check() -> Found {
-    wait_for(b"balloon_inflate ")?;
-    sys::mount(c"sysfs", c"/sys").map_err(|errno| (&b"mount /sys"[..], errno))?;
-    unbind().map_err(|errno| (&b"unbind"[..], errno))?;
-    wait_for(b"balloon_deflate ")?;
-    Ok(b"32 MiB went into the balloon and came back")
+    let failed = |what: &'static [u8]| move |errno| (what, errno);
+    sys::mount(c"sysfs", c"/sys").map_err(failed(b"mount /sys"))?;
+    for n in 0..TRIES {
+        let before = free().ok_or((&b"no MemFree in /proc/meminfo"[..], 0))?;
+        let name = unbind().map_err(failed(b"unbind"))?;
+        if free().is_some_and(|after| after >= before + COMES_BACK) {
+            return Ok(b"32 MiB came out of the balloon");
+        }
+        let bound = write(c"/sys/bus/virtio/drivers/virtio_balloon/bind", &name);
+        bound.map_err(failed(b"bind"))?;
+        sys::sleep_milliseconds(100 << n);
+    }
+    Err((b"there was less than 32 MiB in the balloon", 0))
 }
