@@ -3,7 +3,7 @@
 //! The first byte says as what it is to be loaded and with what beside it, and whether the rest is a
 //! file or the payload of a bzImage, so that the decompressors get something to do.
 
-use hv_cli::loader::{Format, Image, LoadRequest, MemoryMap, check, load};
+use hv_cli::loader::{Format, Image, LINUX_CMDLINE, LoadRequest, MemoryMap, check, load};
 use hv_memory::RamMemory;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -41,6 +41,7 @@ pub fn run(data: &[u8]) {
     let request = LoadRequest {
         format,
         cmdline: extras.then_some("console=ttyS0"),
+        linux_cmdline: LINUX_CMDLINE,
         initrd: initrd.as_ref(),
         map: &map,
         rsdp: None,

@@ -42,6 +42,10 @@ const LONGEST: u32 = 4096;
 /// What a target may take beyond its time before it is stopped from outside.
 const GRACE: Duration = Duration::from_secs(600);
 
+/// What makes `fuzz/Cargo.lock` of the versions of the workspace.
+const LOCK: &str = "cp Cargo.lock fuzz/ && \
+                    cargo metadata --format-version 1 --manifest-path fuzz/Cargo.toml >/dev/null";
+
 /// Why the targets did not pass.
 #[derive(Debug, Error)]
 pub(crate) enum Error {
@@ -49,6 +53,12 @@ pub(crate) enum Error {
     Process(#[from] process::Error),
     #[error(transparent)]
     Metadata(#[from] cargo_metadata::Error),
+    #[error(
+        "fuzz/Cargo.lock does not go with the dependencies of the workspace: {0}\n\
+         The fuzz targets have a lock file of their own. When a dependency changes, commit what this makes:\n  \
+         {LOCK}"
+    )]
+    Lock(String),
     #[error("libFuzzer needs a C++ compiler: {0}")]
     Compiler(#[from] debian::Error),
     #[error("`rustc -vV` does not say which host it is for")]
@@ -98,6 +108,7 @@ pub(crate) fn run(options: &Options) -> Result<String, Error> {
         Some(name) => return Err(Error::NoTarget { name: name.clone(), known }),
         None => known,
     };
+    check_lock(&root.join("fuzz/Cargo.toml"))?;
     let built = build(root)?;
     if let (Some(input), [target]) = (&options.input, &chosen[..]) {
         process::run(Command::new(built.join(target)).arg(input))?;
@@ -121,6 +132,18 @@ fn targets(root: &Path) -> Result<Vec<String>, Error> {
     let all = metadata.packages.iter().flat_map(|package| &package.targets);
     let bins = all.filter(|target| target.kind.contains(&TargetKind::Bin));
     Ok(bins.map(|target| target.name.clone()).collect())
+}
+
+/// Whether the lock file beside a manifest has what the manifest needs.
+fn check_lock(manifest: &Path) -> Result<(), Error> {
+    let mut command = MetadataCommand::new();
+    command.manifest_path(manifest).other_options(["--locked".to_owned()]);
+    match command.exec() {
+        Err(cargo_metadata::Error::CargoMetadata { stderr }) if stderr.contains("lock file") => {
+            Err(Error::Lock(stderr.trim().to_owned()))
+        }
+        result => Ok(result.map(drop)?),
+    }
 }
 
 /// Builds them and returns where they are.
@@ -219,6 +242,27 @@ mod tests {
             ran.read(line);
         }
         assert_eq!(ran, Ran { runs: 25354, edges: 1752 });
+    }
+
+    #[test]
+    fn a_lock_file_that_lacks_a_dependency_is_told_with_what_mends_it() {
+        let root = tempfile::tempdir().unwrap();
+        let (manifest, needed) = (root.path().join("Cargo.toml"), root.path().join("needed"));
+        let package = |name| format!("[package]\nname = \"{name}\"\nedition = \"2024\"\n");
+        for dir in [root.path(), &needed] {
+            fs::create_dir_all(dir.join("src")).unwrap();
+            fs::write(dir.join("src/lib.rs"), "").unwrap();
+        }
+        fs::write(needed.join("Cargo.toml"), package("needed")).unwrap();
+        let alone = package("targets") + "[workspace]\n";
+        fs::write(&manifest, &alone).unwrap();
+        let lock = "version = 4\n[[package]]\nname = \"targets\"\nversion = \"0.0.0\"\n";
+        fs::write(root.path().join("Cargo.lock"), lock).unwrap();
+        check_lock(&manifest).unwrap();
+        let more = alone + "[dependencies]\nneeded = { path = \"needed\" }\n";
+        fs::write(&manifest, more).unwrap();
+        let told = check_lock(&manifest).unwrap_err().to_string();
+        assert!(told.contains("fuzz/Cargo.lock") && told.ends_with(LOCK), "{told}");
     }
 
     #[test]
