@@ -10,6 +10,7 @@
 mod common;
 mod disk;
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use common::{Image, LINUX_CMDLINE, Ran, Running, artefact, hv};
 use disk::{BATCH, BLOCK, BLOCKS, check, flushed, writer};
+use serde_json::Value;
 
 fn empty_disk() -> Image {
     Image::new(&vec![0; BLOCKS as usize * BLOCK])
@@ -51,7 +53,7 @@ fn a_guest_writes_flushes_and_powers_off() {
         check(&contents(&disk), GENERATIONS);
 
         let stats = std::fs::read_to_string(stats.path()).unwrap();
-        let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
+        let stats: Value = serde_json::from_str(&stats).unwrap();
         let device = &stats["devices"][0];
         assert_eq!(device["name"], "disk0");
         let requests = GENERATIONS * (BATCH + 1);
@@ -62,6 +64,44 @@ fn a_guest_writes_flushes_and_powers_off() {
         assert_eq!(device["notifications"], 2 * GENERATIONS);
         assert_eq!(device["notification-exits"], 0, "doorbells are ioeventfds");
     }
+}
+
+/// What a writer of so many generations asks of KVM, by the name of the call, and what is counted of its
+/// disk.
+fn traced(generations: u32) -> (BTreeMap<String, u64>, Value) {
+    let (guest, disk, stats) = (writer(generations), empty_disk(), Image::new(b""));
+    let trace = Image::new(b"");
+    let kernel = ["run", "--memory", "16M", "--kernel", guest.path(), "--disk", disk.path()];
+    let observed = ["--stats-json", stats.path(), "--trace", trace.path()];
+    let ran = hv(&[&kernel[..], &observed].concat());
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert_eq!(flushed(&ran.stdout), generations, "{ran:?}");
+    let mut calls = BTreeMap::new();
+    for line in fs::read_to_string(trace.path()).unwrap().lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        *calls.entry(line["call"].as_str().unwrap().to_owned()).or_insert(0) += 1;
+    }
+    let stats: Value = serde_json::from_str(&fs::read_to_string(stats.path()).unwrap()).unwrap();
+    (calls, stats["devices"][0].clone())
+}
+
+/// Doorbells are no exits to `hv`, and interrupts no calls: a guest with more requests runs longer, and
+/// that is all KVM is asked for.
+#[test]
+fn more_requests_and_interrupts_are_no_more_calls() {
+    let [(few, of_few), (many, of_many)] = [3, 30].map(|generations| {
+        let (mut calls, disk) = traced(generations);
+        assert!(calls.remove("KVM_RUN").is_some());
+        assert_eq!(disk["requests"], generations * (BATCH + 1));
+        assert_eq!(disk["notifications"], 2 * generations);
+        assert_eq!(disk["notification-exits"], 0);
+        assert!(disk["interrupts"].as_u64().unwrap() >= 2 * u64::from(generations), "{disk}");
+        (calls, disk)
+    });
+    eprintln!("{few:?}\nfor {of_few}\nfor {of_many}");
+    assert_eq!(few, many);
+    // The routes of the machine, and those of its one device when its driver is ready.
+    assert!((1..=2).contains(&few["KVM_SET_GSI_ROUTING"]), "{few:?}");
 }
 
 #[test]
@@ -154,12 +194,11 @@ fn linux_writes_to_its_ext4_root_and_leaves_it_clean() {
     let data = fs::read(data.path()).unwrap();
     assert_eq!((data.len(), checksum(&data)), (64 << 20, sum));
 
-    let stats: serde_json::Value =
-        serde_json::from_str(&fs::read_to_string(stats.path()).unwrap()).unwrap();
+    let stats: Value = serde_json::from_str(&fs::read_to_string(stats.path()).unwrap()).unwrap();
     let names = [0, 1].map(|index| &stats["devices"][index]["name"]);
     assert_eq!(names, ["disk0", "disk1"]);
     let disk = &stats["devices"][0];
-    assert_eq!((&disk["errors"], &disk["failure"]), (&0.into(), &serde_json::Value::Null));
+    assert_eq!((&disk["errors"], &disk["failure"]), (&0.into(), &Value::Null));
     let count = |name: &str| disk[name].as_u64().unwrap();
     assert!(count("bytes-from-guest") >= 64 << 20 && count("bytes-to-guest") >= 64 << 20);
     assert_eq!(count("notification-exits"), 0, "doorbells are ioeventfds");

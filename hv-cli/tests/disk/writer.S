@@ -1,5 +1,5 @@
 // A guest without an operating system that writes to a disk: 32-bit code of a multiboot image, which
-// runs anywhere. It polls; no interrupt is ever taken.
+// runs anywhere. It polls; its interrupts, by MSI-X, get as far as the local APIC and are never taken.
 //
 // In each generation, from 1 on, it writes 8 blocks of 4 KiB with a request each, all at once, waits for
 // them, flushes, waits, and says so. It prints w before it rings for the writes, s when they are
@@ -40,6 +40,28 @@ hv_test_disk_writer:
     mov eax, 6
     call hv_test_disk_pci_write
 
+    mov dword ptr [0xfee000f0], 0x1ff // the local APIC is on
+    mov ecx, 0x10                   // BAR 0, where the machine has put it: the message of vector 0
+    call hv_test_disk_pci_read
+    and eax, 0xfffffff0
+    mov dword ptr [eax], 0xfee00000
+    mov dword ptr [eax + 4], 0
+    mov dword ptr [eax + 8], 0x41
+    mov dword ptr [eax + 12], 0
+    mov ecx, 0x34                   // the capabilities
+    call hv_test_disk_pci_read
+    movzx ecx, al
+1:  call hv_test_disk_pci_read
+    cmp al, 0x11                    // MSI-X
+    je 2f
+    movzx ecx, ah
+    test ecx, ecx
+    jnz 1b
+    mov al, 'M'
+    jmp hv_test_disk_fail
+2:  or eax, 0x80000000              // enabled
+    call hv_test_disk_pci_write
+
     mov edi, {registers}
     mov byte ptr [edi + 20], 0      // device_status: reset
 3:  cmp byte ptr [edi + 20], 0
@@ -62,9 +84,10 @@ hv_test_disk_writer:
     mov dword ptr [edi + 44], 0
     mov dword ptr [edi + 48], 0x202000
     mov dword ptr [edi + 52], 0
+    mov word ptr [edi + 26], 0      // vector 0
     mov word ptr [edi + 28], 1
     mov byte ptr [edi + 20], 15
-    mov word ptr [0x201000], 1      // no interrupts
+    mov word ptr [0x201000], 0      // interrupts are wanted
 
     // Descriptors 3j to 3j + 2 are those of write j: header, block, status.
     mov edi, 0x200000
@@ -208,6 +231,15 @@ hv_test_disk_pci_write:
     out dx, eax
     ret
 
+// Reads the register ECX of the function EBX.
+hv_test_disk_pci_read:
+    lea eax, [ebx + ecx]
+    mov edx, 0xcf8
+    out dx, eax
+    mov edx, 0xcfc
+    in eax, dx
+    ret
+
 // Puts the chain at descriptor AX into the available ring; the index is not written yet.
 hv_test_disk_offer:
     mov edx, [0x204000]
@@ -218,7 +250,7 @@ hv_test_disk_offer:
     mov [0x204000], edx
     ret
 
-// Writes the index, rings, and waits until all is used.
+// Writes the index, rings, and waits until all is used and an interrupt has come, now or before.
 hv_test_disk_ring:
     mov eax, [0x204000]
     mov [0x201002], ax
@@ -226,6 +258,9 @@ hv_test_disk_ring:
 1:  pause
     cmp ax, [0x202002]
     jne 1b
+2:  pause
+    test byte ptr [0xfee00220], 2   // interrupt request register: 0x41
+    jz 2b
     ret
 hv_test_disk_writer_end:
 .code64
