@@ -3,6 +3,8 @@
 //! Field names are those of the JSON. Registers are hexadecimal text there, since JSON's readers are not
 //! all exact beyond 53 bits.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::ApiError;
@@ -38,6 +40,43 @@ pub trait Control: Send + Sync {
     /// # Errors
     /// There is no such vCPU, it can't be stopped now, or KVM fails.
     fn registers(&self, vcpu: usize) -> Result<Registers, ApiError>;
+
+    /// The memory balloon.
+    ///
+    /// # Errors
+    /// There is none.
+    fn balloon(&self) -> Result<Balloon, ApiError>;
+
+    /// Asks for a balloon of so many bytes.
+    ///
+    /// # Errors
+    /// There is none, or the guest has less memory.
+    fn set_balloon(&self, target: u64) -> Result<Balloon, ApiError>;
+}
+
+/// A memory balloon. What is in it, the host has and the guest does without. The guest's driver does
+/// what it can to reach the target, and may never.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Balloon {
+    /// Bytes that were asked for.
+    pub target: u64,
+    /// Bytes that the driver says are in it.
+    pub actual: u64,
+    /// Bytes given back to the host so far, those that the guest reported as free included. Pages count again
+    /// when they are given back again.
+    pub given_back: u64,
+    /// What the driver told last about the guest's memory, by name. It is asked with each look, and so are
+    /// the numbers of the last one.
+    pub statistics: BTreeMap<String, u64>,
+}
+
+/// What a balloon is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonRequest {
+    /// Bytes, of which whole pages of 4 KiB are taken.
+    pub target: u64,
 }
 
 /// What a machine does.

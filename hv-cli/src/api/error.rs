@@ -25,6 +25,27 @@ pub enum ApiError {
         /// Bytes of the body.
         len: usize,
     },
+    /// The body is not what the call takes.
+    #[error("{method} {path}: the body is not as described: {error}")]
+    BadBody {
+        /// The method.
+        method: Method,
+        /// The path.
+        path: &'static str,
+        /// What is wrong with it, and where.
+        error: String,
+    },
+    /// There is no balloon.
+    #[error("this machine has no memory balloon: run it with --balloon")]
+    NoBalloon,
+    /// The balloon can't be that large.
+    #[error("the guest has {memory} bytes of memory: a balloon can't have {target}")]
+    BalloonTooLarge {
+        /// What was asked for.
+        target: u64,
+        /// What there is.
+        memory: u64,
+    },
     /// The path names a vCPU by what is no number.
     #[error("'{0}' is no vCPU: they are numbers from 0")]
     NotANumber(String),
@@ -94,6 +115,9 @@ impl ApiError {
         match self {
             Self::Malformed(_) => (400, "malformed"),
             Self::UnexpectedBody { .. } => (400, "unexpected-body"),
+            Self::BadBody { .. } => (400, "bad-body"),
+            Self::BalloonTooLarge { .. } => (400, "balloon-too-large"),
+            Self::NoBalloon => (404, "no-balloon"),
             Self::NotANumber(_) => (400, "not-a-number"),
             Self::Forbidden(_) => (403, "forbidden"),
             Self::NotFound(_) => (404, "not-found"),

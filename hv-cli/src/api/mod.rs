@@ -13,8 +13,8 @@
 //!
 //! # A new call
 //!
-//! It is a method of [`Control`], a line in `routes`, and its description. None takes a body yet: the first
-//! that does gets it with what `routes` makes a call with, where those without are refused one.
+//! It is a method of [`Control`], a line in `routes`, and its description. A body is given to calls that say
+//! they take one; the others are refused one.
 
 mod control;
 mod error;
@@ -24,8 +24,8 @@ mod routes;
 mod server;
 
 pub use control::{
-    Control, Descriptor, General, Info, PowerButton, Registers, Segment, Segments, State,
-    StateReply, System,
+    Balloon, BalloonRequest, Control, Descriptor, General, Info, PowerButton, Registers, Segment,
+    Segments, State, StateReply, System,
 };
 pub use error::{ApiError, ErrorBody, ErrorReply};
 pub use limits::Limits;

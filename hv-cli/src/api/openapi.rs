@@ -111,7 +111,10 @@ fn every_path_and_method_of_the_file_is_routed_and_the_other_way_round() {
     };
     let ids: BTreeSet<_> = operations().map(|it| it["operationId"].as_str().unwrap()).collect();
     assert_eq!(ids.len(), routed.len());
-    assert!(operations().all(|it| it.get("requestBody").is_none()), "no call takes a body");
+    for route in ROUTES {
+        let operation = &file["paths"][route.path][route.method.to_string().to_lowercase()];
+        assert_eq!(operation.get("requestBody").is_some(), route.takes_body, "{}", route.path);
+    }
 }
 
 #[test]
@@ -121,8 +124,16 @@ fn every_answer_is_as_its_schema_says() {
     for route in ROUTES {
         let operation = &file["paths"][route.path][route.method.to_string().to_lowercase()];
         let path = route.path.replace("{vcpu}", "1");
-        let reply = rig.ask(&route.method.to_string(), &path);
-        assert_eq!(reply.status, 200);
+        let method = route.method.to_string();
+        let reply = if route.takes_body {
+            let content = &operation["requestBody"]["content"]["application/json"];
+            let example = &content["example"];
+            check(&file, &content["schema"], example, &path);
+            rig.give(&method, &path, &example.to_string())
+        } else {
+            rig.ask(&method, &path)
+        };
+        assert_eq!(reply.status, 200, "{}", reply.json);
         check(&file, schema(&file, operation, 200), &reply.json, &path);
         let mut wrong = vec![("DELETE", path.clone(), 405)];
         if route.path.contains("{vcpu}") {
@@ -149,6 +160,9 @@ fn every_kind_of_error_is_in_the_file_with_its_status_and_no_other() {
         ApiError::Malformed("x".into()),
         ApiError::UnexpectedBody { method: Method::Get, path: "/", len: 1 },
         ApiError::NotANumber(String::new()),
+        ApiError::BadBody { method: Method::Put, path: "/", error: String::new() },
+        ApiError::BalloonTooLarge { target: 2, memory: 1 },
+        ApiError::NoBalloon,
         ApiError::Forbidden(1),
         ApiError::NotFound(String::new()),
         ApiError::Hold(HoldError::NoSuchVcpu { vcpu: 1, vcpus: 1 }),

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::control::{Control, State, StateReply};
+use super::control::{BalloonRequest, Control, State, StateReply};
 use super::error::ApiError;
 use super::http::Request;
 
@@ -32,6 +32,8 @@ struct Call<'a> {
     control: &'a dyn Control,
     /// What stands for `{vcpu}` in the path.
     parameter: &'a str,
+    /// The body, of a call that takes one.
+    body: &'a [u8],
 }
 
 type Result = std::result::Result<Value, ApiError>;
@@ -42,12 +44,27 @@ pub struct Route {
     pub method: Method,
     /// Its path, with a `{name}` for what varies.
     pub path: &'static str,
+    /// Whether it takes a body.
+    pub takes_body: bool,
     run: fn(&Call<'_>) -> Result,
 }
 
 const fn route(method: Method, path: &'static str, run: fn(&Call<'_>) -> Result) -> Route {
-    Route { method, path, run }
+    Route { method, path, takes_body: false, run }
 }
+
+const PUT_BALLOON: Route = Route {
+    method: Method::Put,
+    path: "/v1/balloon",
+    takes_body: true,
+    run: |call| {
+        let BalloonRequest { target } = serde_json::from_slice(call.body).map_err(|error| {
+            let (method, path) = (PUT_BALLOON.method, PUT_BALLOON.path);
+            ApiError::BadBody { method, path, error: printable(&error.to_string()) }
+        })?;
+        json(call.control.set_balloon(target)?)
+    },
+};
 
 /// All calls.
 pub const ROUTES: &[Route] = &[
@@ -71,6 +88,8 @@ pub const ROUTES: &[Route] = &[
         let number = vcpu.parse().map_err(|_| ApiError::NotANumber(printable(vcpu)));
         json(call.control.registers(number?)?)
     }),
+    route(Method::Get, PUT_BALLOON.path, |call| json(call.control.balloon()?)),
+    PUT_BALLOON,
 ];
 
 fn json(value: impl Serialize) -> Result {
@@ -99,7 +118,7 @@ fn matches<'a>(template: &str, path: &'a str) -> Option<&'a str> {
 
 /// As much of what a client wrote as is worth repeating.
 fn printable(text: &str) -> String {
-    text.chars().take(64).flat_map(char::escape_default).collect()
+    text.chars().take(100).flat_map(char::escape_default).collect()
 }
 
 /// Makes the call a request asks for.
@@ -109,11 +128,11 @@ pub(super) fn dispatch(request: &Request, control: &dyn Control) -> Result {
     for route in ROUTES {
         let Some(parameter) = matches(route.path, &request.path) else { continue };
         if route.method.to_string() == request.method {
-            if !request.body.is_empty() {
+            if !route.takes_body && !request.body.is_empty() {
                 let (method, path, len) = (route.method, route.path, request.body.len());
                 return Err(ApiError::UnexpectedBody { method, path, len });
             }
-            return (route.run)(&Call { control, parameter });
+            return (route.run)(&Call { control, parameter, body: &request.body });
         }
         known = Some(route.path);
         allowed.push(route.method);

@@ -62,6 +62,12 @@ impl Rig {
         answer(&mut stream)
     }
 
+    pub(super) fn give(&self, method: &str, path: &str, body: &str) -> Reply {
+        let length = body.len();
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: vm\r\nContent-Length: {length}");
+        self.send(format!("{head}\r\n\r\n{body}").as_bytes())
+    }
+
     pub(super) fn ask(&self, method: &str, path: &str) -> Reply {
         self.send(format!("{method} {path} HTTP/1.1\r\nHost: vm\r\n\r\n").as_bytes())
     }
@@ -217,6 +223,11 @@ fn running() -> MockControl {
     control
 }
 
+fn balloon(target: u64) -> Balloon {
+    let statistics = [("free-memory".to_owned(), 7)].into();
+    Balloon { target, actual: 4096, given_back: 8192, statistics }
+}
+
 /// One that can do everything.
 pub(super) fn whole() -> MockControl {
     let mut control = running();
@@ -225,11 +236,42 @@ pub(super) fn whole() -> MockControl {
     control.expect_stop().return_const(());
     control.expect_stats().returning(stats);
     control.expect_power_button().returning(|| PowerButton { enabled: true });
+    control.expect_balloon().returning(|| Ok(balloon(1 << 20)));
+    control.expect_set_balloon().returning(|target| match target {
+        0..=0x10_0000 => Ok(balloon(target)),
+        _ => Err(ApiError::BalloonTooLarge { target, memory: 1 << 20 }),
+    });
     control.expect_registers().returning(|vcpu| match vcpu {
         0 | 1 => Ok(registers(vcpu)),
         _ => Err(HoldError::NoSuchVcpu { vcpu, vcpus: 2 }.into()),
     });
     control
+}
+
+#[test]
+fn a_balloon_is_asked_for_with_a_body_that_is_as_described() {
+    let rig = Rig::new(whole());
+    let reply = rig.give("PUT", "/v1/balloon", r#"{"target": 8192}"#);
+    assert_eq!((reply.status, &reply.json["target"]), (200, &json!(8192)));
+    assert_eq!(rig.ask("GET", "/v1/balloon").json["statistics"]["free-memory"], 7);
+    for (body, status, code) in [
+        ("", 400, "bad-body"),
+        ("{}", 400, "bad-body"),
+        ("[]", 400, "bad-body"),
+        (r#"{"target": -1}"#, 400, "bad-body"),
+        (r#"{"target": 1.5}"#, 400, "bad-body"),
+        (r#"{"target": "32M"}"#, 400, "bad-body"),
+        (r#"{"target": 1, "more": 2}"#, 400, "bad-body"),
+        (r#"{"target": 1} x"#, 400, "bad-body"),
+        (r#"{"target": 18446744073709551615}"#, 400, "balloon-too-large"),
+        (r#"{"target": 18446744073709551616}"#, 400, "bad-body"),
+    ] {
+        let reply = rig.give("PUT", "/v1/balloon", body);
+        assert_eq!((reply.status, reply.code()), (status, code), "{body}");
+    }
+    let reply = rig.give("GET", "/v1/balloon", "{}");
+    assert_eq!((reply.status, reply.code()), (400, "unexpected-body"));
+    rig.end();
 }
 
 #[test]
@@ -524,7 +566,8 @@ fn many_at_once_are_all_answered() {
             scope.spawn(move || {
                 for route in ROUTES.iter().cycle().skip(n).take(40) {
                     let path = route.path.replace("{vcpu}", "1");
-                    let reply = rig.ask(&route.method.to_string(), &path);
+                    let body = if route.takes_body { r#"{"target": 0}"# } else { "" };
+                    let reply = rig.give(&route.method.to_string(), &path, body);
                     assert_eq!(reply.status, 200, "{path}: {reply:?}");
                 }
             });

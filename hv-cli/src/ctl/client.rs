@@ -70,7 +70,12 @@ fn advice(errno: Errno) -> &'static str {
 ///
 /// # Errors
 /// See [`ClientError`].
-pub(super) fn call(socket: &Path, method: Method, path: &str) -> Result<Value, ClientError> {
+pub(super) fn call(
+    socket: &Path,
+    method: Method,
+    path: &str,
+    body: Option<&[u8]>,
+) -> Result<Value, ClientError> {
     let mut stream = UnixStream::connect(socket).map_err(|error| ClientError::Connect {
         path: socket.to_owned(),
         errno: Errno::from(&error),
@@ -81,9 +86,14 @@ pub(super) fn call(socket: &Path, method: Method, path: &str) -> Result<Value, C
     };
     stream.set_read_timeout(Some(PATIENCE)).map_err(lost)?;
     stream.set_write_timeout(Some(PATIENCE)).map_err(lost)?;
-    let request = format!("{method} {path} HTTP/1.1\r\nHost: hv\r\nConnection: close\r\n\r\n");
+    let length = match body {
+        Some(body) => format!("Content-Length: {}\r\n", body.len()),
+        None => String::new(),
+    };
+    let head = format!("{method} {path} HTTP/1.1\r\nHost: hv\r\nConnection: close\r\n{length}\r\n");
+    let request = [head.as_bytes(), body.unwrap_or_default()].concat();
     // One that is refused before it was read has an answer all the same.
-    let sent = stream.write_all(request.as_bytes());
+    let sent = stream.write_all(&request);
     let mut bytes = Vec::new();
     match stream.take(ANSWER).read_to_end(&mut bytes) {
         Err(error) if error.kind() != ErrorKind::ConnectionReset || bytes.is_empty() => {

@@ -11,7 +11,8 @@ use serde_json::Value;
 
 pub use client::ClientError;
 
-use crate::api::Method;
+use crate::api::{BalloonRequest, Method};
+use crate::config::MemorySize;
 use crate::exit_code::ExitCode;
 use crate::output::{self, OutputError};
 
@@ -30,6 +31,11 @@ pub enum Request {
     PowerButton,
     /// End the machine as Ctrl-A x does: hv ends with exit code 14
     Stop,
+    /// Show the memory balloon, or ask for one of SIZE: memory that the guest does without
+    Balloon {
+        /// How large, as --memory
+        size: Option<MemorySize>,
+    },
     /// Show the registers of a vCPU, which is stopped for the moment
     Registers {
         /// The vCPU
@@ -39,7 +45,8 @@ pub enum Request {
 }
 
 impl Request {
-    fn call(self) -> (Method, String) {
+    /// The method, the path and the body of the call.
+    fn call(self) -> (Method, String, Option<Vec<u8>>) {
         let (method, path) = match self {
             Self::State => (Method::Get, "/v1/vm"),
             Self::Pause => (Method::Put, "/v1/vm/pause"),
@@ -48,10 +55,15 @@ impl Request {
             Self::PowerButton => (Method::Put, "/v1/vm/power-button"),
             Self::Stop => (Method::Put, "/v1/vm/stop"),
             Self::Registers { vcpu } => {
-                return (Method::Get, format!("/v1/vcpus/{vcpu}/registers"));
+                return (Method::Get, format!("/v1/vcpus/{vcpu}/registers"), None);
+            }
+            Self::Balloon { size: None } => (Method::Get, "/v1/balloon"),
+            Self::Balloon { size: Some(MemorySize(target)) } => {
+                let body = serde_json::json!(BalloonRequest { target }).to_string();
+                return (Method::Put, "/v1/balloon".to_owned(), Some(body.into_bytes()));
             }
         };
-        (method, path.to_owned())
+        (method, path.to_owned(), None)
     }
 }
 
@@ -91,8 +103,8 @@ pub fn run(
     json: bool,
     out: &mut dyn Write,
 ) -> Result<ExitCode, CtlError> {
-    let (method, path) = request.call();
-    let answer = client::call(socket, method, &path)?;
+    let (method, path, body) = request.call();
+    let answer = client::call(socket, method, &path, body.as_deref())?;
     let written = if json {
         output::json(&answer, out)
     } else {
@@ -108,6 +120,7 @@ fn show(request: Request, answer: &Value, out: &mut dyn Write) -> io::Result<()>
     match request {
         Request::State => show::state(answer, out),
         Request::Stats => show::stats(answer, out),
+        Request::Balloon { .. } => show::balloon(answer, out),
         Request::Registers { .. } => show::registers(answer, out),
         Request::PowerButton => show::power_button(answer, out),
         Request::Pause | Request::Resume | Request::Stop => show::changed(answer, out),

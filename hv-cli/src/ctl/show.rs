@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::api::{Info, PowerButton, Registers, StateReply};
+use crate::api::{Balloon, Info, PowerButton, Registers, StateReply};
 use crate::config::MemorySize;
 use crate::output::printable;
 
@@ -53,6 +53,17 @@ pub(super) fn power_button(answer: &Value, out: &mut dyn Write) -> io::Result<()
              `hv ctl stop` ends the VM"
         )
     }
+}
+
+pub(super) fn balloon(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
+    let balloon: Balloon = read(answer)?;
+    writeln!(out, "target      {}", MemorySize(balloon.target))?;
+    writeln!(out, "actual      {}", MemorySize(balloon.actual))?;
+    writeln!(out, "given back  {}", MemorySize(balloon.given_back))?;
+    for (name, value) in &balloon.statistics {
+        writeln!(out, "  {}: {value}", printable(Path::new(name)))?;
+    }
+    Ok(())
 }
 
 /// A line for each number that is not 0, and for each device.

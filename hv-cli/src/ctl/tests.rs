@@ -43,6 +43,25 @@ impl Once {
     }
 }
 
+#[test]
+fn a_balloon_is_looked_at_or_asked_for_in_bytes() {
+    let balloon = json!({
+        "target": 32 << 20, "actual": 16 << 20, "given-back": 4096,
+        "statistics": {"free-memory": 5},
+    });
+    let (asked, shown) = ask(Request::Balloon { size: None }, &balloon, false);
+    assert_eq!(asked, "GET /v1/balloon HTTP/1.1");
+    assert_eq!(
+        shown,
+        "target      32 MiB\nactual      16 MiB\ngiven back  4 KiB\n  free-memory: 5\n"
+    );
+    let size = Some("32M".parse().unwrap());
+    let (asked, _) = ask(Request::Balloon { size }, &balloon, false);
+    assert_eq!(asked, "PUT /v1/balloon HTTP/1.1");
+    let (_, _, body) = Request::Balloon { size }.call();
+    assert_eq!(body.unwrap(), b"{\"target\":33554432}");
+}
+
 /// The request line, and what is written.
 fn ask(request: Request, answer: &Value, json: bool) -> (String, String) {
     let server = Once::json(200, answer);

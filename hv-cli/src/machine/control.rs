@@ -18,13 +18,14 @@ use super::devices::DeviceCounting;
 use super::exits::{ExitCounts, LiveCounts, Outside};
 use super::stop::Stopper;
 use crate::api::{
-    ApiError, Control, Descriptor, General, Info, PowerButton, Registers, Segment, Segments, State,
-    System,
+    ApiError, Balloon, Control, Descriptor, General, Info, PowerButton, Registers, Segment,
+    Segments, State, System,
 };
 use crate::devices::Button;
 use crate::exit_code::StopReason;
 use crate::gdb::Debugger;
 use crate::stats::Stats;
+use crate::virtio::{BALLOON_PAGE, BalloonTarget};
 
 /// How long vCPUs may take to stop. One that waits for nobody takes microseconds; one that does not come
 /// is kept by a device.
@@ -63,6 +64,7 @@ pub(super) struct MachineControl<V: Vcpu> {
     pub(super) button: Button,
     pub(super) counting: Counting,
     pub(super) memory: u64,
+    pub(super) balloon: Option<BalloonTarget>,
     pub(super) made: Instant,
 }
 
@@ -108,6 +110,33 @@ impl<V: Vcpu> Control for MachineControl<V> {
 
     fn registers(&self, vcpu: usize) -> Result<Registers, ApiError> {
         Ok(self.debugger.look(vcpu, TO_STOP, |it| registers(it))??)
+    }
+
+    fn balloon(&self) -> Result<Balloon, ApiError> {
+        let balloon = self.balloon.as_ref().ok_or(ApiError::NoBalloon)?;
+        balloon.ask_statistics();
+        Ok(shown(balloon))
+    }
+
+    fn set_balloon(&self, target: u64) -> Result<Balloon, ApiError> {
+        let balloon = self.balloon.as_ref().ok_or(ApiError::NoBalloon)?;
+        let too_large = || ApiError::BalloonTooLarge { target, memory: self.memory };
+        if target > self.memory {
+            return Err(too_large());
+        }
+        balloon.set_pages(u32::try_from(target / BALLOON_PAGE).map_err(|_| too_large())?);
+        Ok(shown(balloon))
+    }
+}
+
+fn shown(balloon: &BalloonTarget) -> Balloon {
+    let bytes = |pages: u32| u64::from(pages) * BALLOON_PAGE;
+    let statistics = balloon.statistics();
+    Balloon {
+        target: bytes(balloon.pages()),
+        actual: bytes(balloon.actual()),
+        given_back: balloon.given_back(),
+        statistics: statistics.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
     }
 }
 
@@ -223,6 +252,7 @@ mod tests {
                 devices: DeviceCounting::default(),
             },
             memory: 0x1000,
+            balloon: None,
             made: Instant::now(),
         }
     }
@@ -240,6 +270,13 @@ mod tests {
         assert_eq!((info.state, info.cpus, info.memory), (State::Stopping, 0, 0x1000));
         assert_eq!(control.stopper.reason(), Some(&StopReason::Requested));
         assert_eq!(control.pause(), Err(HoldError::Stopping.into()));
+    }
+
+    #[test]
+    fn a_machine_without_a_balloon_says_so() {
+        let control = control(0);
+        assert_eq!(control.balloon(), Err(ApiError::NoBalloon));
+        assert_eq!(control.set_balloon(0), Err(ApiError::NoBalloon));
     }
 
     #[test]

@@ -139,6 +139,7 @@ where
             button: self.button.clone(),
             counting,
             memory: self.ram.slots().iter().map(|slot| slot.host.len() as u64).sum(),
+            balloon: self.balloon.clone(),
             made: self.made,
         }))
     }
