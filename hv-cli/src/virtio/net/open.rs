@@ -81,11 +81,24 @@ const GUEST: [(u32, c_uint); 7] = [
     (VIRTIO_NET_F_GUEST_USO6, libc::TUN_F_USO6),
 ];
 
-/// What the driver took of them. Without checksums it can't have the others.
+/// What the driver took of them.
 pub(super) fn offload_flags(session: &Session) -> c_uint {
     let taken = GUEST.iter().filter(|(feature, _)| session.has_feature(*feature));
-    let flags = taken.fold(0, |flags, (_, flag)| flags | flag);
-    if flags & libc::TUN_F_CSUM == 0 { 0 } else { flags }
+    accepted(taken.fold(0, |flags, (_, flag)| flags | flag))
+}
+
+/// Those of them that Linux accepts: none without checksums, UDP segmentation only of both versions of IP,
+/// and ECN only with TCP segmentation. A driver may take fewer features; then nothing is left to it that
+/// it does not know.
+pub(super) fn accepted(flags: c_uint) -> c_uint {
+    let uso = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+    let tso = libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+    if flags & libc::TUN_F_CSUM == 0 {
+        return 0;
+    }
+    let without_uso = if flags & uso == uso { 0 } else { uso };
+    let without_ecn = if flags & tso == 0 { libc::TUN_F_TSO_ECN } else { 0 };
+    flags & !(without_uso | without_ecn)
 }
 
 /// What a tap interface can do, as feature bits.

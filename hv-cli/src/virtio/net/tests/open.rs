@@ -46,3 +46,23 @@ fn descriptors_are_recognized() {
     let error = open(1 << 20).map(drop).unwrap_err().to_string();
     assert!(error.starts_with("--net fd=1048576: fcntl(F_DUPFD_CLOEXEC): EBADF"), "{error}");
 }
+
+#[test]
+fn a_driver_may_take_a_part_of_the_offloads() {
+    use libc::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_UFO, TUN_F_USO4, TUN_F_USO6};
+    for (taken, accepted) in [
+        (0, 0),
+        (TUN_F_TSO4 | TUN_F_UFO, 0),
+        (TUN_F_CSUM | TUN_F_TSO4, TUN_F_CSUM | TUN_F_TSO4),
+        // These Linux refuses with EINVAL as they are.
+        (TUN_F_CSUM | TUN_F_USO4, TUN_F_CSUM),
+        (TUN_F_CSUM | TUN_F_USO6 | TUN_F_UFO, TUN_F_CSUM | TUN_F_UFO),
+        (TUN_F_CSUM | TUN_F_TSO_ECN, TUN_F_CSUM),
+        (
+            TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO_ECN | TUN_F_USO4 | TUN_F_USO6,
+            TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO_ECN | TUN_F_USO4 | TUN_F_USO6,
+        ),
+    ] {
+        assert_eq!(super::super::open::accepted(taken), accepted, "{taken:#x}");
+    }
+}
