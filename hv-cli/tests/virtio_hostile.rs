@@ -400,6 +400,24 @@ fn no_gsi_left_for_the_vectors() {
     machine.end(never);
 }
 
+#[test]
+fn msix_that_can_not_be_had_is_refused_and_counted() {
+    let machine = Machine::with_gsis(48);
+    let driver = machine.add(Rng::new());
+    let ring = Ring::new(&machine, RING, 16);
+    driver.start(VERSION_1, &ring);
+    let before = driver.counters().refused;
+    let all = machine.take_all_gsis();
+    driver.msix_message(0, 0, 0x41);
+    driver.msix_mask(0, false);
+    driver.msix_control(true, false);
+    assert_eq!(driver.counters().refused, before + 1, "there is no route for it");
+    drop(all);
+    driver.msix_control(true, false);
+    assert_eq!(driver.counters().refused, before + 1);
+    machine.end(never);
+}
+
 /// An access as any vCPU can make it.
 #[derive(Debug, Clone)]
 enum Access {

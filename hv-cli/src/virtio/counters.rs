@@ -59,7 +59,7 @@ counters! {
     notifications count_notifications,
     /// Of these, those that were an exit of the guest.
     notification_exits count_notification_exits,
-    /// Accesses of the driver that mean nothing and were ignored.
+    /// Accesses of the driver that mean nothing, or ask for what can't be had, and were ignored.
     refused count_refused,
 }
 

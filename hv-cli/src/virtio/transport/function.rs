@@ -234,6 +234,11 @@ impl<V: IrqBackend + IoEventBackend + Send + Sync> VirtioPci<V> {
         }
     }
 
+    /// Counts what the guest wrote for MSI-X and could not have, since there were `before` of them.
+    fn count_msix_failures(&self, before: u64) {
+        self.counters.count_refused(self.msix.failures().saturating_sub(before));
+    }
+
     /// A doorbell that was no ioeventfd.
     fn ring(&mut self, offset: u64) {
         let active = self.common.status() & DRIVER_OK != 0 && !self.resetting;
@@ -327,8 +332,10 @@ impl<V: IrqBackend + IoEventBackend + Send + Sync> PciFunction for VirtioPci<V> 
     fn config_write(&mut self, offset: u16, data: &[u8]) {
         let line = |config: &ConfigSpace| config.command() & INTERRUPT_DISABLE == 0;
         let before = (self.msix.is_enabled(), line(&self.config));
+        let failures = self.msix.failures();
         self.config.write(offset, data);
         self.msix.control_written(&mut self.config);
+        self.count_msix_failures(failures);
         let after = (self.msix.is_enabled(), line(&self.config));
         if before.0 != after.0 {
             self.interrupts.use_messages(after.0);
@@ -367,7 +374,11 @@ impl<V: IrqBackend + IoEventBackend + Send + Sync> PciFunction for VirtioPci<V> 
         self.settle();
         let (structure, at) = (offset / PAGE * PAGE, offset % PAGE);
         match (bar, structure) {
-            (MSIX_BAR, _) => self.msix.table_write(offset, data),
+            (MSIX_BAR, _) => {
+                let failures = self.msix.failures();
+                self.msix.table_write(offset, data);
+                self.count_msix_failures(failures);
+            }
             (REGISTER_BAR, COMMON) => self.common_write(at, data),
             (REGISTER_BAR, DEVICE) => self.device_write(at, data),
             (REGISTER_BAR, NOTIFY) => self.ring(at),
