@@ -20,6 +20,21 @@ pub use disk::{CacheMode, DiskConfig, DiskIo, ParseDiskError};
 pub use net::{MacAddress, NetBackend, NetConfig, ParseNetError};
 pub use vsock::{ParseVsockError, VsockConfig};
 
+/// What is between commas; two in a row are one that separates nothing.
+pub(crate) fn words(text: &str) -> Vec<String> {
+    let (mut words, mut word) = (Vec::new(), String::new());
+    let mut characters = text.chars().peekable();
+    while let Some(c) = characters.next() {
+        if c != ',' || characters.next_if_eq(&',').is_some() {
+            word.push(c);
+        } else {
+            words.push(std::mem::take(&mut word));
+        }
+    }
+    words.push(word);
+    words
+}
+
 /// A machine to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunConfig {

@@ -145,27 +145,12 @@ impl FromStr for DiskConfig {
     type Err = ParseDiskError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let mut words = words(text).into_iter();
+        let mut words = super::words(text).into_iter();
         let path = words.next().filter(|path| !path.is_empty()).ok_or(ParseDiskError::NoPath)?;
         let mut disk = Self::new(path);
         words.try_for_each(|property| disk.set(&property))?;
         Ok(disk)
     }
-}
-
-/// What is between commas; two in a row are one that separates nothing.
-fn words(text: &str) -> Vec<String> {
-    let (mut words, mut word) = (Vec::new(), String::new());
-    let mut characters = text.chars().peekable();
-    while let Some(c) = characters.next() {
-        if c != ',' || characters.next_if_eq(&',').is_some() {
-            word.push(c);
-        } else {
-            words.push(std::mem::take(&mut word));
-        }
-    }
-    words.push(word);
-    words
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ pub struct VsockConfig {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseVsockError {
     /// What is neither `cid=` nor `uds=`, or one of them twice.
-    #[error("{0:?} is not cid=N or uds=PATH, once each (a path has no comma)")]
+    #[error("{0:?} is not cid=N or uds=PATH, once each (a comma in PATH is written ,,)")]
     Property(String),
     /// One of them is missing.
     #[error("{0} is missing: cid=N,uds=PATH")]
@@ -31,7 +31,7 @@ impl FromStr for VsockConfig {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (mut cid, mut path) = (None, None);
-        for property in text.split(',') {
+        for property in super::words(text) {
             match property.split_once('=') {
                 Some(("cid", number)) if cid.is_none() => {
                     // Below are those of the hypervisor and the host, the last is any (virtio 1.2, 5.10.4).
@@ -41,7 +41,7 @@ impl FromStr for VsockConfig {
                 Some(("uds", uds)) if path.is_none() && !uds.is_empty() => {
                     path = Some(PathBuf::from(uds));
                 }
-                _ => return Err(ParseVsockError::Property(property.to_owned())),
+                _ => return Err(ParseVsockError::Property(property)),
             }
         }
         let cid = cid.ok_or(ParseVsockError::Missing("cid"))?;
@@ -58,6 +58,8 @@ mod tests {
         let parsed = VsockConfig { cid: 3, path: "/run/v=1.sock".into() };
         assert_eq!("cid=3,uds=/run/v=1.sock".parse(), Ok(parsed.clone()));
         assert_eq!("uds=/run/v=1.sock,cid=3".parse(), Ok(parsed));
+        let comma = VsockConfig { cid: 3, path: "a,b".into() };
+        assert_eq!("cid=3,uds=a,,b".parse(), Ok(comma), "as in a disk");
         for bad in [
             "",
             "cid=3",

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Arg;
 
+use crate::config::words;
+
 /// Where the path is in a value that is not just a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PathForm {
@@ -61,19 +63,6 @@ impl PathForm {
         });
         words.map(|word| word.replace(',', ",,")).collect::<Vec<_>>().join(",")
     }
-}
-
-/// The words between commas; two commas are one in a word.
-fn words(text: &str) -> Vec<String> {
-    let mut words = vec![String::new()];
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        match words.last_mut() {
-            Some(word) if c != ',' || chars.next_if_eq(&',').is_some() => word.push(c),
-            _ => words.push(String::new()),
-        }
-    }
-    words
 }
 
 #[cfg(test)]

@@ -83,6 +83,17 @@ fn a_file_is_the_flags_it_names() {
 }
 
 #[test]
+fn a_directory_may_have_a_comma() {
+    let text = "disk = 'd,readonly'\nvsock = 'cid=3,uds=s'";
+    let file = ConfigFile::parse(Path::new("a,b/vm.toml"), text, &vocabulary()).unwrap();
+    let args: Vec<_> = file.arguments(|_| false).into_iter().map(|arg| arg.into_string()).collect();
+    let args: Vec<_> = args.iter().map(|arg| arg.as_deref().unwrap()).collect();
+    let virtio = run_config(&args).virtio;
+    assert_eq!(virtio.disks[0].path, Path::new("a,b/d"));
+    assert_eq!(virtio.vsock.unwrap().path, Path::new("a,b/s"));
+}
+
+#[test]
 fn what_is_wrong_is_said_with_its_place() {
     for (text, says) in [
         (
