@@ -2,4 +2,7 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| hv_fuzz::queue::run(data));
+libfuzzer_sys::fuzz_target!(
+    init: hv_fuzz::queue::init(),
+    |data: &[u8]| hv_fuzz::queue::run(data)
+);

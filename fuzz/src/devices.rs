@@ -1,8 +1,19 @@
-//! The devices whose queues are fuzzed.
+//! The devices whose queues are fuzzed. None of them waits for its host's side, nor the host's side for it.
 
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::sync::Arc;
+
+use hv_cli::config::{DiskConfig, DiskIo, MacAddress, NetBackend, NetConfig};
+use hv_cli::event::Event;
 use hv_cli::virtio::{
-    Chain, DeviceConfig, DeviceError, Direct, Memory, Rng, Session, VirtioDevice,
+    Balloon, Blk, ConsoleDevice, ConsoleInput, ConsoleOutput, Direct, Net, Rng, VirtioDevice, Vsock,
 };
+use hv_memory::GuestRam;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+use crate::hosts::{Frames, Host, Sockets, Stream, Typist};
+use crate::plain::Plain;
 
 /// A device, and what sends it something from the host.
 pub struct Subject {
@@ -10,12 +21,22 @@ pub struct Subject {
     pub direct: Direct,
     /// The host's side: a socket, a tap, a terminal. It must not block.
     pub host: Option<Box<dyn FnMut(&[u8])>>,
+    /// A queue whose requests may have the device change the rings, as is the driver's right.
+    pub rings_change: Option<usize>,
 }
 
 /// Every device; the first byte of an input chooses. New ones go at the end, so that inputs stay what
 /// they are.
-pub const DEVICES: &[fn(Memory) -> Subject] =
-    &[|memory| Subject::new(Plain::default(), memory), |memory| Subject::new(Rng::new(), memory)];
+pub const DEVICES: &[fn(&Arc<GuestRam>) -> Subject] = &[
+    |ram| Subject::new(Plain::default(), ram),
+    |ram| Subject::new(Rng::new(), ram),
+    blk,
+    net,
+    console,
+    vsock,
+    balloon,
+    net_stream,
+];
 
 impl Subject {
     /// A device that gets nothing from the host.
@@ -23,116 +44,94 @@ impl Subject {
     /// # Panics
     /// No descriptor is left: that is no finding.
     #[must_use]
-    pub fn new(device: impl VirtioDevice, memory: Memory) -> Self {
+    pub fn new(device: impl VirtioDevice, ram: &GuestRam) -> Self {
+        let memory = Arc::new(ram.memory().clone());
         let direct = Direct::new(Box::new(device), memory).expect("descriptors");
-        Self { direct, host: None }
+        Self { direct, host: None, rings_change: None }
     }
 
     /// A device that gets what `host` is given.
     #[must_use]
     pub fn with_host(
         device: impl VirtioDevice,
-        memory: Memory,
+        ram: &GuestRam,
         host: impl FnMut(&[u8]) + 'static,
     ) -> Self {
-        Self { host: Some(Box::new(host)), ..Self::new(device, memory) }
+        Self { host: Some(Box::new(host)), ..Self::new(device, ram) }
+    }
+
+    fn with(device: impl VirtioDevice, ram: &GuestRam, mut host: impl Host) -> Self {
+        Self::with_host(device, ram, move |data| host.act(data))
     }
 }
 
-/// A device that does everything a queue can do: copies, looks at buffers where they are, keeps
-/// requests, puts them back, changes its configuration.
-#[derive(Default)]
-struct Plain {
-    kept: Vec<Chain>,
-    config: DeviceConfig,
+const SECTOR: u64 = 512;
+const SECTORS: u8 = 64;
+
+/// A disk of a few sectors. The host gives its file another size.
+fn blk(ram: &Arc<GuestRam>) -> Subject {
+    let file = memfd_create("disk", MemfdFlags::CLOEXEC).expect("a file");
+    ftruncate(&file, SECTOR * u64::from(SECTORS)).expect("room for a disk");
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let serial = "a serial number".to_owned();
+    let config = DiskConfig { serial, queues: 2, io: DiskIo::Sync, ..DiskConfig::new(path) };
+    let device = Blk::open(&config).expect("the disk");
+    Subject::with_host(device, ram, move |data| {
+        let sectors = data.first().map_or(0, |sectors| sectors % (SECTORS + 1));
+        ftruncate(&file, SECTOR * u64::from(sectors)).expect("room for a disk");
+    })
 }
 
-const MOST_KEPT: usize = 4;
-const MOST_BYTES: u32 = 4096;
-
-impl Plain {
-    fn copy(chain: &Chain) -> Result<u32, DeviceError> {
-        let len = chain.readable_len().min(chain.writable_len()).min(MOST_BYTES);
-        let mut data = vec![0; len as usize];
-        chain.read_at(0, &mut data)?;
-        chain.write_at(0, &data)?;
-        Ok(len)
-    }
-
-    /// Without a copy, from an offset the request has.
-    fn look(chain: &Chain) -> Result<u32, DeviceError> {
-        let offset: u32 = chain.read_obj(0)?;
-        let len = chain.readable_len().saturating_sub(offset).min(MOST_BYTES);
-        let mut sum = 0u8;
-        for slice in chain.readable_slices(offset, len as usize)? {
-            let mut bytes = vec![0; slice.len()];
-            slice.copy_to(&mut bytes);
-            sum = bytes.iter().fold(sum, |sum, byte| sum.wrapping_add(*byte));
-        }
-        let len = chain.writable_len().saturating_sub(offset).min(MOST_BYTES);
-        for slice in chain.writable_slices(offset, len as usize)? {
-            slice.copy_from(&vec![sum; slice.len()]);
-        }
-        Ok(if len == 0 { 0 } else { offset + len })
-    }
+/// A network where each frame is a datagram.
+fn net(ram: &Arc<GuestRam>) -> Subject {
+    let (ours, theirs) = UnixDatagram::pair().expect("sockets");
+    Subject::with(net_at(theirs.into()), ram, Frames::new(ours))
 }
 
-impl VirtioDevice for Plain {
-    fn device_type(&self) -> u32 {
-        42
-    }
+/// A network where frames are in a stream, as of passt.
+fn net_stream(ram: &Arc<GuestRam>) -> Subject {
+    let (ours, theirs) = UnixStream::pair().expect("sockets");
+    Subject::with(net_at(theirs.into()), ram, Stream::new(ours))
+}
 
-    fn queue_sizes(&self) -> Vec<u16> {
-        vec![256, 64, 16]
-    }
+fn net_at(socket: OwnedFd) -> Net {
+    let backend = NetBackend::Fd(socket.as_raw_fd());
+    let mac = Some(MacAddress([2, 0, 0, 0, 0, 1]));
+    // It duplicates the descriptor.
+    Net::open(&NetConfig { backend, mac, queues: 1 }).expect("the network")
+}
 
-    fn config(&self) -> DeviceConfig {
-        self.config.clone()
-    }
+/// A terminal that is a pair of pipes.
+fn console(ram: &Arc<GuestRam>) -> Subject {
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let input = ConsoleInput::new(Event::new().expect("an event")).expect("an event");
+    let output = ConsoleOutput::new(writer.as_fd()).expect("the output");
+    let device = ConsoleDevice::new(input.clone(), output).expect("an event");
+    Subject::with(device, ram, Typist::new(input, reader))
+}
 
-    fn activate(&mut self, session: &mut Session) -> Result<(), DeviceError> {
-        self.config = DeviceConfig::new([0; 8]).writable(2..4).writable(4..8);
-        session.change_config(0, &[1]);
-        Ok(())
-    }
+fn vsock(ram: &Arc<GuestRam>) -> Subject {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("vsock");
+    let device = Vsock::new(3, &path).expect("the socket");
+    Subject::with(device, ram, Sockets::new(directory, path))
+}
 
-    fn queue_ready(&mut self, session: &mut Session, queue: usize) -> Result<(), DeviceError> {
-        let kept = &mut self.kept;
-        let ring = session.queue(queue)?;
-        while let Some(chain) = ring.pop()? {
-            match queue {
-                0 => {
-                    let len = Self::copy(&chain)?;
-                    ring.push(chain, len)?;
-                }
-                1 => {
-                    let len = Self::look(&chain)?;
-                    ring.push(chain, len)?;
-                    ring.signal()?;
-                }
-                _ if kept.len() < MOST_KEPT => kept.push(chain),
-                // As one that waits for the host.
-                _ => {
-                    ring.unpop(chain);
-                    ring.silence()?;
-                    while let Some(chain) = kept.pop() {
-                        // More than was written is not said.
-                        ring.push(chain, u32::MAX)?;
-                    }
-                    break;
-                }
+/// The host asks for another size, or for statistics.
+fn balloon(ram: &Arc<GuestRam>) -> Subject {
+    let device = Balloon::new(ram.clone(), 1).expect("an event");
+    let target = device.target();
+    let mut subject = Subject::with_host(device, ram, move |data| {
+        match *data {
+            [pages] => target.set_pages(pages.into()),
+            [a, b, c, d, ..] => target.set_pages(u32::from_le_bytes([a, b, c, d])),
+            _ => {
+                target.ask_statistics();
+                target.actual()
             }
-        }
-        Ok(())
-    }
-
-    fn config_written(&mut self, session: &mut Session) -> Result<(), DeviceError> {
-        session.change_config(0, &[2, 3]);
-        session.count_error();
-        Ok(())
-    }
-
-    fn reset(&mut self) {
-        self.kept.clear();
-    }
+        };
+    });
+    // Pages with rings may be put into it.
+    subject.rings_change = Some(0);
+    subject
 }

@@ -7,10 +7,12 @@
 //! be written by hand, and any change to it is another program.
 
 mod devices;
+mod hosts;
 mod input;
 pub mod loader;
 pub mod msix;
 pub mod pci_config;
+mod plain;
 pub mod queue;
 
 pub use devices::{DEVICES, Subject};

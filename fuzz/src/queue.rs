@@ -11,7 +11,8 @@
 use std::sync::Arc;
 
 use hv_cli::virtio::{Memory, RingSetup};
-use hv_memory::RamMemory;
+use hv_memory::{GuestRam, GuestRange, RamLayout, RamMemory};
+use signal_hook::consts::SIGPIPE;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::{DEVICES, Input, Subject};
@@ -37,16 +38,26 @@ const F_INDIRECT: u16 = 4;
 /// How often a device may say that there is more without the driver doing anything.
 const MOST_TURNS: usize = 64;
 
+/// Before all programs: a pipe or socket that nobody reads is an error, as it is in every Rust program.
+/// libFuzzer's `main` is none.
+///
+/// # Panics
+/// The system refuses: that is no finding.
+pub fn init() {
+    signal_hook::flag::register(SIGPIPE, Arc::default()).expect("a signal handler");
+}
+
 /// Runs a program.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let Some(make) = input.below(DEVICES.len()).and_then(|index| DEVICES.get(index)) else {
         return;
     };
-    let ranges = [(GuestAddress(0), RAM as usize), (GuestAddress(HIGH), RAM as usize)];
-    let memory = Arc::new(RamMemory::from_ranges(&ranges).expect("memory"));
-    let Subject { direct, host } = make(memory.clone());
-    let subject = Subject { direct, host };
+    let hole = GuestRange::new(GuestAddress(RAM), HIGH - RAM).expect("a range");
+    let layout = RamLayout::new(2 * RAM, &[hole], 46).expect("a layout");
+    let ram = Arc::new(GuestRam::new(&layout).expect("memory"));
+    let memory = Arc::new(ram.memory().clone());
+    let subject = make(&ram);
     let mut driver = Driver { memory, subject, queues: Vec::new(), honest: true, buffers: BUFFERS };
     while driver.step(&mut input).is_some() {}
     driver.settle();
@@ -223,6 +234,9 @@ impl Driver {
             segments.push(self.segment(writable, len.into()));
         }
         segments.truncate(TABLE.into());
+        if self.subject.rings_change == Some(index) {
+            self.honest = false;
+        }
         let room = segments.iter().filter(|s| s.writable).map(|s| s.len).sum();
         let queue = self.queues.get_mut(index)?;
         let head = queue.next % queue.setup.size.max(1);
