@@ -287,13 +287,14 @@ impl Driver {
         Some(())
     }
 
-    /// Lets the device do what it still has to do, as far as nothing else is needed.
+    /// Lets the device do what it still has to do, as far as nothing else is needed. A device that is
+    /// woken again and again and completes nothing would keep a thread busy for ever.
     fn settle(&mut self) {
-        for _ in 0..MOST_TURNS {
-            if !matches!(self.subject.direct.turn(), Ok(true)) {
-                break;
-            }
-        }
+        let done = |driver: &Self| driver.subject.direct.counters().requests;
+        let before = done(self);
+        let mut turns = 0..MOST_TURNS;
+        let rests = turns.any(|_| !matches!(self.subject.direct.turn(), Ok(true)));
+        assert!(rests || done(self) > before, "{MOST_TURNS} turns and nothing done");
         self.look();
     }
 
