@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hv_core::Errno;
 
@@ -22,6 +23,8 @@ pub struct Session {
     config: DeviceConfig,
     interrupts: Arc<DeviceInterrupts>,
     counters: Arc<Counters>,
+    /// Whether the machine ends.
+    pub(super) stopping: Arc<AtomicBool>,
 }
 
 /// Tokens of the poller from here on are those of the device; below are those of its thread.
@@ -37,13 +40,20 @@ impl Session {
         counters: Arc<Counters>,
     ) -> io::Result<Self> {
         let poller = Poller::new()?;
-        Ok(Self { queues, poller, features, memory, config, interrupts, counters })
+        let stopping = Arc::default();
+        Ok(Self { queues, poller, features, memory, config, interrupts, counters, stopping })
     }
 
     /// Whether the driver took the feature with this bit number.
     #[must_use]
     pub fn has_feature(&self, bit: u32) -> bool {
         self.features.checked_shr(bit).unwrap_or(0) & 1 != 0
+    }
+
+    /// Whether the machine ends: what takes long need not be begun any more.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
     }
 
     /// Guest memory.

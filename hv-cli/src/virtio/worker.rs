@@ -60,6 +60,8 @@ struct Told {
     resets: AtomicU64,
     needs_reset: AtomicBool,
     gone: AtomicBool,
+    /// What the transport tells: the machine ends.
+    stopping: Arc<AtomicBool>,
 }
 
 /// The thread of a device. Dropping it stops and joins the thread.
@@ -131,6 +133,7 @@ impl Worker {
 
     /// Stops the thread and waits for it.
     pub(crate) fn stop(&mut self) {
+        self.told.stopping.store(true, Ordering::Relaxed);
         self.commands = None;
         self.wake.signal();
         if let Some(thread) = self.thread.take() {
@@ -264,7 +267,8 @@ impl Thread {
     }
 
     fn begin(&self, features: u64, setups: &[QueueSetup]) -> Result<Session, DeviceError> {
-        let session = self.parts.session(features, setups)?;
+        let mut session = self.parts.session(features, setups)?;
+        session.stopping = self.told.stopping.clone();
         let watch = || {
             watch_always(&session.poller, &self.wake, self.parts.line_ended.as_ref())?;
             let enabled = self.parts.doorbells.iter().zip(&session.queues).zip(DOORBELLS..);

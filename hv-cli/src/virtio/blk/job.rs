@@ -16,8 +16,25 @@ struct Parts(Vec<libc::iovec>);
 // also has the chain that keeps the memory mapped. No thread owns guest memory.
 unsafe impl Send for Parts {}
 
+impl Parts {
+    /// Those of pieces of memory, of which long ones become several.
+    fn new(pieces: impl Iterator<Item = (*mut u8, usize)>) -> Self {
+        let split = |(start, len): (*mut u8, usize)| {
+            (0..len).step_by(MOST_BYTES).map(move |at| libc::iovec {
+                iov_base: start.wrapping_add(at).cast(),
+                iov_len: MOST_BYTES.min(len - at),
+            })
+        };
+        Self(pieces.flat_map(split).collect())
+    }
+}
+
 /// The most parts a call takes (`IOV_MAX`, `UIO_MAXIOV`).
 const MOST_IOVECS: usize = 1024;
+
+/// The most bytes of a transfer that are done at once: a driver can ask for almost 4 GiB in one request, and the
+/// end of the machine waits for what is under way.
+const MOST_BYTES: usize = 1 << 20;
 
 /// A request that is being done.
 ///
@@ -87,11 +104,8 @@ impl Job {
     pub(super) fn read(chain: Chain, queue: usize, offset: u64) -> Result<Self, QueueError> {
         let len = chain.writable_len().saturating_sub(1);
         let slices = chain.writable_slices(0, len as usize)?;
-        let part = |slice: &Slice<'_>| {
-            let pointer = slice.ptr_guard_mut().as_ptr();
-            libc::iovec { iov_base: pointer.cast(), iov_len: slice.len() }
-        };
-        let parts = Parts(slices.iter().map(part).collect());
+        let part = |slice: &Slice<'_>| (slice.ptr_guard_mut().as_ptr(), slice.len());
+        let parts = Parts::new(slices.iter().map(part));
         drop(slices);
         let work = Work::Transfer { write: None, offset, parts, next: 0, done: 0 };
         Ok(Self { chain, queue, work })
@@ -106,11 +120,8 @@ impl Job {
     ) -> Result<Self, QueueError> {
         let len = chain.readable_len().saturating_sub(HEADER);
         let slices = chain.readable_slices(HEADER, len as usize)?;
-        let part = |slice: &Slice<'_>| {
-            let pointer = slice.ptr_guard().as_ptr().cast_mut();
-            libc::iovec { iov_base: pointer.cast(), iov_len: slice.len() }
-        };
-        let parts = Parts(slices.iter().map(part).collect());
+        let part = |slice: &Slice<'_>| (slice.ptr_guard().as_ptr().cast_mut(), slice.len());
+        let parts = Parts::new(slices.iter().map(part));
         drop(slices);
         let work = Work::Transfer { write: Some(durable), offset, parts, next: 0, done: 0 };
         Ok(Self { chain, queue, work })
@@ -137,6 +148,13 @@ impl Job {
             Work::Transfer { write, offset, parts, next, .. } => {
                 let parts = parts.0.get(*next..).unwrap_or_default();
                 let parts = parts.get(..MOST_IOVECS).unwrap_or(parts);
+                let mut bytes = 0_usize;
+                let within = parts.iter().take_while(|part| {
+                    bytes = bytes.saturating_add(part.iov_len);
+                    bytes <= MOST_BYTES
+                });
+                // No part is longer.
+                let parts = parts.get(..within.count()).unwrap_or(parts);
                 let offset = *offset;
                 (!parts.is_empty()).then_some(match write {
                     None => Op::Read { offset, parts },

@@ -169,6 +169,8 @@ impl Blk {
             let mut again = false;
             while let Some((job, done)) = self.engine.next() {
                 match job.advance(done) {
+                    // A machine that ends does not wait for what the guest does not know to be done.
+                    ControlFlow::Continue(_) if session.is_stopping() => {}
                     ControlFlow::Continue(job) => {
                         self.engine.start(job);
                         again = true;
@@ -306,6 +308,9 @@ impl VirtioDevice for Blk {
             if chain.writable_len() == 0 {
                 // Without a byte for the status the driver can't be told what it did wrong.
                 return Err(chain.error(ChainError::TooShort).into());
+            }
+            if session.is_stopping() {
+                break;
             }
             self.begin(session, queue, chain)?;
         }

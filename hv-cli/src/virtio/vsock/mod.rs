@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use zerocopy::IntoBytes;
 
+use crate::event::Event;
 use crate::isolation::SystemCall;
 
 use super::{Chain, DeviceConfig, DeviceError, Interest, Ready, Session, VirtioDevice};
@@ -62,6 +63,8 @@ pub struct Vsock {
     resets: VecDeque<Header>,
     /// Whether the listening socket is watched: not while there is no descriptor for who connects.
     listening: bool,
+    /// A descriptor that can be given up.
+    spare: Option<Event>,
     buffer: Box<[u8; BUFFER as usize]>,
 }
 
@@ -83,6 +86,7 @@ impl Vsock {
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             listening: false,
+            spare: Event::new().ok(),
             buffer: Box::new([0; BUFFER as usize]),
         })
     }
@@ -364,8 +368,14 @@ impl Vsock {
                 Ok(stream) => stream,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
                 Err(_) => {
-                    // No descriptor: when something else goes, there may be one.
+                    // No descriptor. The spare one makes room to refuse who waits; without one, listening goes
+                    // on when something else has gone.
                     session.count_error();
+                    let refused = self.spare.take().is_some() && self.host.accept().is_ok();
+                    self.spare = Event::new().ok();
+                    if refused {
+                        continue;
+                    }
                     session.unwatch(&self.host)?;
                     self.listening = false;
                     break;
@@ -375,7 +385,11 @@ impl Vsock {
                 self.greetings.pop_first();
             }
             let token = self.token();
-            session.watch(&stream, token, Interest::READ)?;
+            if session.watch(&stream, token, Interest::READ).is_err() {
+                // The host watches as much as it may: this one is refused.
+                session.count_error();
+                continue;
+            }
             self.greetings.insert(token, Greeting::new(stream));
         }
         Ok(())

@@ -21,6 +21,29 @@ fn a_reset_waits_for_what_is_under_way() {
     });
 }
 
+/// A driver can ask for gigabytes at once. The end of a machine waits for a small part of that.
+#[test]
+fn the_end_of_a_machine_waits_for_no_more_than_is_under_way() {
+    both(|io| {
+        let mut rig = Rig::new(io);
+        // 32 times the same 512 KiB: the file is long enough for one of them.
+        rig.file.set_len(16 << 20).unwrap();
+        rig.blk.geometry.sectors = (16 << 20) / 512;
+        let at = |n: usize| (DATA_AT, 0x5_0000, true, n);
+        let parts: Vec<_> = (0..32).map(|n| at(n)).map(|(a, len, w, _)| (a, len, w)).collect();
+        rig.header(VIRTIO_BLK_T_IN, 0);
+        let chain = [&[(HEADER_AT, 16, false)], &parts[..], &[(STATUS_AT, 1, true)]].concat();
+        rig.offer(&chain);
+        rig.session.stopping.store(true, std::sync::atomic::Ordering::Relaxed);
+        rig.ring().unwrap();
+        assert_eq!(rig.blk.under_way.iter().sum::<u16>(), 0, "nothing was begun");
+        rig.session.stopping.store(false, std::sync::atomic::Ordering::Relaxed);
+        rig.ring().unwrap();
+        rig.session.stopping.store(true, std::sync::atomic::Ordering::Relaxed);
+        rig.blk.reset();
+    });
+}
+
 #[test]
 fn a_device_that_goes_waits_for_what_is_under_way() {
     both(|io| {
