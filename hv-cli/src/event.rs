@@ -25,8 +25,12 @@ impl Event {
     }
 
     /// The eventfd, for the hypervisor.
+    ///
+    /// Layers over the hypervisor tell eventfds by their number, which is looked up here: the thread that
+    /// hands this one to KVM, often a vCPU's, may not open the file it is in.
     #[must_use]
     pub fn shared(&self) -> EventFd {
+        let _ = self.0.id();
         self.0.clone()
     }
 

@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::hash::{Hash, Hasher};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// An eventfd (`eventfd(2)`), shared by its clones: what an interrupt is raised by, or a doorbell
 /// rings.
@@ -19,6 +19,8 @@ use std::sync::Arc;
 #[derive(Debug, Clone)]
 pub struct EventFd {
     file: Arc<File>,
+    /// See [`Self::id`], once it was asked for.
+    id: Arc<OnceLock<u64>>,
     /// Shared by those who hold the eventfd, as distinct from those who watch it.
     #[cfg_attr(
         not(feature = "fake"),
@@ -45,11 +47,17 @@ impl EventFd {
 
     /// The number the kernel gave the eventfd (`eventfd-id` of `/proc/self/fdinfo`, since Linux 5.2):
     /// the same for all descriptors of one eventfd, never used twice. `None` for what is no eventfd.
+    ///
+    /// The first call opens a file; later ones, of this or of a clone, need nothing.
     #[must_use]
     pub fn id(&self) -> Option<u64> {
+        if let Some(id) = self.id.get() {
+            return Some(*id);
+        }
         let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", self.as_raw_fd())).ok()?;
         let id = info.lines().find_map(|line| line.strip_prefix("eventfd-id:"))?;
-        id.trim().parse().ok()
+        let id = id.trim().parse().ok()?;
+        Some(*self.id.get_or_init(|| id))
     }
 }
 
@@ -65,7 +73,8 @@ pub(crate) struct WatchedEventFd {
 #[cfg(feature = "fake")]
 impl WatchedEventFd {
     pub(crate) fn new(event: &EventFd) -> Self {
-        let watcher = EventFd { file: event.file.clone(), holders: Arc::default() };
+        let watcher =
+            EventFd { file: event.file.clone(), id: event.id.clone(), holders: Arc::default() };
         Self { event: watcher, holders: event.downgrade() }
     }
 
@@ -75,7 +84,8 @@ impl WatchedEventFd {
 
     /// For one more holder, if there is one.
     pub(crate) fn upgrade(&self) -> Option<EventFd> {
-        Some(EventFd { file: self.event.file.clone(), holders: self.holders.upgrade()? })
+        let WatchedEventFd { event, holders } = self;
+        Some(EventFd { holders: holders.upgrade()?, ..event.clone() })
     }
 
     /// Without holding it, also when nobody does.
@@ -94,7 +104,7 @@ impl EventFd {
 
 impl From<OwnedFd> for EventFd {
     fn from(fd: OwnedFd) -> Self {
-        Self { file: Arc::new(fd.into()), holders: Arc::default() }
+        Self { file: Arc::new(fd.into()), id: Arc::default(), holders: Arc::default() }
     }
 }
 
