@@ -6,22 +6,23 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use hv_cli::virtio::{DeviceError, Direct, Memory, RingSetup, Session, VirtioDevice};
-use hv_memory::{GuestRam, RamLayout};
+use hv_memory::RamMemory;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{BATCH, Batch};
 
 const SIZE: u16 = 64;
-const RAM: u64 = 4 << 20;
+pub(super) const RAM: usize = 4 << 20;
 /// Where buffers may be, a page or more for each request of a batch.
 pub(super) const BUFFERS: u64 = 1 << 20;
 pub(super) const NEXT: u16 = 1;
 pub(super) const WRITE: u16 = 2;
 const FEATURE_VERSION_1: u64 = 1 << 32;
 
-pub(super) fn ram() -> Arc<GuestRam> {
-    Arc::new(GuestRam::new(&RamLayout::new(RAM, &[], 40).unwrap()).unwrap())
+/// Guest memory.
+pub(super) fn memory() -> Memory {
+    Arc::new(RamMemory::from_ranges(&[(GuestAddress(0), RAM)]).unwrap())
 }
 
 /// A ring, whose chain N begins at descriptor 3 N.
@@ -85,8 +86,7 @@ pub(super) struct Subject {
 impl Subject {
     /// One with a queue, after `prepare` has written its chains.
     pub(super) fn new(device: impl VirtioDevice, prepare: impl FnOnce(&Ring)) -> Self {
-        let memory = Arc::new(ram().memory().clone());
-        Self::with_queue(device, &memory, 0, 1, prepare)
+        Self::with_queue(device, &memory(), 0, 1, prepare)
     }
 
     /// One with so many queues.
@@ -149,7 +149,7 @@ pub(super) struct Raw {
 
 impl Raw {
     pub(super) fn new() -> Self {
-        let memory: Memory = Arc::new(ram().memory().clone());
+        let memory = memory();
         let ring = Ring::new(&memory, 0);
         let RingSetup { size, descriptors, available, used } = ring.setup();
         let mut queue = Queue::new(size).unwrap();

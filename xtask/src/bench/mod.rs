@@ -9,6 +9,7 @@ mod memory;
 mod paired;
 mod table;
 mod traits;
+mod virtio;
 
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
@@ -37,6 +38,8 @@ pub(crate) enum Bench {
     Irq,
     /// What guest memory costs
     Memory,
+    /// What a request costs a virtio device, and what is asked of KVM for it
+    Virtio,
 }
 
 /// Why there is no result, or that it is not good enough.
@@ -73,6 +76,7 @@ pub(crate) fn run(bench: Option<Bench>) -> Result<(), Error> {
             Bench::Traits => traits::run()?,
             Bench::Irq => irq::run()?,
             Bench::Memory => memory::run()?,
+            Bench::Virtio => virtio::run()?,
         });
     }
     let table = Table(&rows);
