@@ -87,6 +87,9 @@ enum Task {
     },
     /// Run everything that a change must pass
     Ci {
+        /// The tests that need no hardware have just passed: don't run them again
+        #[arg(long)]
+        tested: bool,
         #[command(flatten)]
         limit: Limit,
     },
@@ -176,10 +179,10 @@ fn run(task: Task) -> Result<(), Error> {
             let items = public_api::run(accept)?;
             anstream::println!("{items} public items");
         }
-        Task::Ci { limit } => {
+        Task::Ci { tested, limit } => {
             let names = Arguments::command();
             let names: Vec<_> = names.get_subcommands().map(|c| c.get_name().to_owned()).collect();
-            ci::run(&names, limit.duration())?;
+            ci::run(&names, tested, limit.duration())?;
         }
     }
     Ok(())
