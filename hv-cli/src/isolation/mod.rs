@@ -2,8 +2,8 @@
 //! little.
 //!
 //! Each thread has a seccomp filter of its kind ([`Kind`]), a list of what may be called; all else ends the
-//! process with a message (`trap`). Landlock (since Linux 5.13) takes the file system from all threads but the
-//! main one, which keeps the right to remove the sockets it made. Both are set by the thread itself, first
+//! process with a message (`trap`). Landlock (since Linux 5.13) takes the file system from it; a thread that
+//! has a socket there keeps the right to remove files beside it. Both are set by the thread itself, first
 //! thing, and can't be undone.
 //!
 //! It is the process that is isolated, so it is the process that asks for it, with [`start`]; in a program
